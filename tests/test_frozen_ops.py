@@ -266,3 +266,9 @@ def test_a_few_calls_are_computed_by_torch_without_a_search(monkeypatch: pytest.
     assert torch.backends.cudnn.benchmark
     with pytest.raises(AssertionError, match="compiled"):
         frozen_ops.group_norm(x, norm)
+
+
+def test_what_is_too_large_for_kernels_to_count_in_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: "kernels")
+    assert frozen_ops._kernels(torch.empty(7, 256, 1024, 1024, device="meta")) == "kernels"
+    assert frozen_ops._kernels(torch.empty(8, 256, 1024, 1024, device="meta")) is None

@@ -24,6 +24,7 @@ _CHANNELS_LAST = torch.channels_last
 
 _found: dict[torch.device, Any] = {}  # the kernels of each device, where they were looked for
 _looking = threading.RLock()
+_COUNTED = 2**31 - 1  # numbers of a tensor that kernels reach: they count in 32 bits
 _in_torch: ContextVar[bool] = ContextVar("in_torch", default=False)
 
 
@@ -124,8 +125,8 @@ def _answers(kernels: Any, device: torch.device) -> dict[str, Pair]:
 
 def _kernels(x: Tensor) -> Any:
     """The kernels for a tensor; for one that has a shape and no memory, as when memory is predicted, what gives as much, or
-    compiles them."""
-    there = None if _in_torch.get() else kernels_on(x.device)
+    compiles them. None for one in which they could not count, as eight pictures of 1024 pixels are in a VAE."""
+    there = None if _in_torch.get() or x.numel() > _COUNTED else kernels_on(x.device)
     return _Shapes if there is not None and isinstance(x, FakeTensor) and not there.compiling_ahead() else there
 
 

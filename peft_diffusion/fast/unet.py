@@ -311,7 +311,7 @@ class TimeShifts:
         return self._found.get(block)
 
     def _computed(self, temb: Tensor) -> dict[nn.Module, Tensor]:
-        weight = joined([block.time_emb_proj.weight.detach() for block in self.blocks])
+        weight = joined([block.time_emb_proj.weight for block in self.blocks])
         if weight is None or temb.ndim != 2 or torch.compiler.is_compiling():
             return {}
         biases = [block.time_emb_proj.bias for block in self.blocks]
