@@ -200,8 +200,8 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _follow(tensors: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors of one dtype lie one after the other. Asks without any operation of torch's, which would give
-    tensors without memory where a step is tried out on such."""
+    """Whether contiguous tensors of one dtype lie one after the other."""
+    # Without any operation of torch's: where a step is tried out without memory, that would give tensors that have none.
     first = tensors[0]
     storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
     for one in tensors:
