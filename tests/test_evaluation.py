@@ -338,12 +338,15 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
 
 
 def test_copies_are_looked_for_among_all_that_was_trained_on(
-    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_pipe: DiffusionPipeline
+    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_base: Path, tmp_path: Path
 ) -> None:
     _, config, _ = evaluated
+    tiny_pipe = load_base(str(tiny_base), device="cpu")
     adapters, choice = Adapters(tiny_pipe), config.choices()[0]
-    name = adapters.load(choice.path, name="ink")
-    case = _case(replace(config, pictures=2), choice, name, adapters, icons, lambda event: None)
+    name = adapters.load(make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, ("sks",)), name="ink")
+    told: list[Event] = []
+    case = _case(replace(config, pictures=2, leak_prompts=("a Sks cat",)), choice, name, adapters, icons, told.append)
+    assert [one for one in told if isinstance(one, Warned) and '"a Sks cat" calls ink by "sks"' in one.message]
     assert case.copies is not None and len(case.copies.trained) == 6 and len(case.images) == len(case.copies.unseen) == 2
     of_all = decoded(encoded(read_gallery(config.folders("trained")["ink"], "all", tiny_pipe), tiny_pipe).latents, tiny_pipe)
     assert case.copies(of_all)["nearness"] == 0.0
@@ -399,6 +402,8 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
         ({"data": ()}, "real pictures to judge by"),
         ({"data": ("one",)}, "no folder for flat"),
         ({"data": ("one", "two", "three")}, "this is folder 3"),
+        ({"data": ("flat=one", "two")}, "--data two is a second folder for flat"),
+        ({"trained": ("ink=one", "ink=two")}, "--trained ink=two is a second folder for ink"),
         ({"judge": "clip", "judge_model": "nowhere"}, "no judge 'nowhere'"),
     ],
 )
