@@ -14,6 +14,9 @@ prompts and seeds, each way from the same noise, and prints
 
 How far the judges can be trusted is printed first (`scripts/blends/judges.py`). Three of the styles were seen by no training
 of the base or of a judge. Writes ``figures.json``, ``table.md``, ``scores.safetensors``, plots and sheets.
+
+The scores are written after each pair and way. A run with the same ``--output`` goes on from them, and ``--from FOLDER``
+takes those of other runs too, so that pairs and ways may be measured side by side and told together (``--only-report``).
 """
 
 import argparse
@@ -21,7 +24,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
@@ -38,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.api import train, train_composition
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.data.folder import scan
 from peft_diffusion.evaluation.drawings import pixels_of
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.blend import shares as row_of
@@ -45,7 +49,7 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training import ComposeTrainConfig, TrainConfig
 from scripts.blends import curves, judges
-from scripts.blends.ways import ENDS, SHARES, Pair, Point, Way, every, merge_one, merges
+from scripts.blends.ways import ENDS, SHARES, Pair, Point, Way, beside_name, every, merge_one, merges
 from scripts.build_base.captions import with_article
 from scripts.measuring import markdown_table, run
 
@@ -55,6 +59,8 @@ SCENES = (
     ("sad", "orange"),
 )  # fmt: skip
 WORDS = {"openmoji": "openmoji emoji of", "fluent-flat": "fluent flat emoji of", "streamline-emojis": "streamline emoji of"}
+BESIDE: dict[str, Any] = {"beside_keep": 1.0, "beside_dropout": 0.5}  # how an adapter is trained beside another one
+SCORES = "scores.safetensors"
 COLUMNS = 7  # of a row from all of one to all of the other
 
 
@@ -80,15 +86,11 @@ PAIRS = (
 )
 
 
-@dataclass
-class Measure:
-    """What all measurements have in common, and what was found so far: scores by pair and way, rows by pair."""
+@dataclass(kw_only=True)
+class Found:
+    """What was found so far: scores by pair and way, rows by pair."""
 
     options: argparse.Namespace
-    adapters: Adapters
-    folder: Path
-    styles: judges.StyleJudge
-    things: judges.ThingJudge
     began: float
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     points: dict[str, dict[str, list[Point]]] = field(default_factory=dict)
@@ -104,6 +106,33 @@ class Measure:
         """Tell a line, with the seconds since the start."""
         print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
 
+    def take(self, folder: Path) -> None:
+        """Take the scores that a run wrote."""
+        file = folder / SCORES
+        for name, scores in load_file(file).items() if file.exists() else ():
+            pair, way = name.split(" / ")
+            self.scores.setdefault(pair, {})[way] = scores
+            self.points.setdefault(pair, {})[way] = points_of(every()[way], self.options)
+
+    def keep(self) -> None:
+        """Write the scores."""
+        flat = {f"{pair} / {way}": one.contiguous() for pair, ways in self.scores.items() for way, one in ways.items()}
+        save_file(flat, self.options.output / SCORES)
+
+    def measured(self, pair: Pair, way: Way) -> bool:
+        """Whether the scores of a pair in a way are known."""
+        return way.name in self.scores.get(pair.name, {})
+
+
+@dataclass(kw_only=True)
+class Measure(Found):
+    """What all measurements have in common besides."""
+
+    adapters: Adapters
+    folder: Path
+    styles: judges.StyleJudge
+    things: judges.ThingJudge
+
 
 def main() -> None:
     """Train, draw, judge, print."""
@@ -111,60 +140,95 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     pairs = [pair for pair in PAIRS if not options.pairs or pair.name in options.pairs]
     known = every()
-    chosen = {"plain", *(options.methods or known)} - set(options.without)
-    ways = {name: way for name, way in known.items() if name in chosen}
-    adapters = Adapters(load_base("icons", device=options.device))
+    ways = {name: known[name] for name in ("plain", *(options.methods or known)) if name not in options.without}
+    if options.only_report:
+        told = Found(options=options, began=began)
+        _take(told)
+        report(told, pairs)
+        return
     folder = options.adapters or options.output / "adapters"
-    _train_all(pairs, ways, adapters.pipe, folder, options, began)
+    _train_all(pairs, ways, folder, options, began)
     if options.only_train:
         return
+    adapters = Adapters(load_base("icons", device=options.device))
     device = torch.device(adapters.pipe.device)
     with _merging(list(ways.values()), pairs, folder, options) as merged:
-        found = Measure(options, adapters, folder, judges.StyleJudge(options.data, device),
-                        judges.ThingJudge(options.data, device), began)  # fmt: skip
+        found = Measure(
+            options=options, began=began, adapters=adapters, folder=folder, styles=judges.StyleJudge(options.data, device),
+            things=judges.ThingJudge(options.data, device),
+        )  # fmt: skip
+        _take(found)
         _tell_trust(found, pairs)
         adapters.fast()
-        for pair in pairs:
+        for pair in pairs if options.rows else ():
             if not pair.character and not found.late:
                 _rows(found, pair)
         for way in ways.values():
-            if way.name.startswith("merge "):
-                merged()
-            if way.kind is not None:
-                _learn(found, pairs, way)
-            for pair in pairs:
-                if not found.late:
-                    _measure(found, pair, way)
-            report(found, pairs)
+            _measure_all(found, pairs, way, merged)
+        report(found, pairs)
     found.say("done" if not found.late else "the time was over before all was measured")
 
 
+def _take(found: Found) -> None:
+    """Take what earlier runs measured."""
+    for folder in (*found.options.others, found.options.output):
+        found.take(folder)
+
+
+def _measure_all(found: Measure, pairs: Sequence[Pair], way: Way, merged: Callable[[], object]) -> None:
+    """Measure all pairs in a way, but for those that are known."""
+    asked = [pair for pair in pairs if not found.measured(pair, way)]
+    if way.name.startswith("merge ") and asked:
+        merged()
+    if way.kind is not None:
+        _learn(found, asked, way)
+    for pair in asked:
+        if not found.late:
+            _measure(found, pair, way)
+            found.keep()
+
+
+Training = tuple[str, str | None]
+"""What an adapter is trained on, and beside which."""
+
+
 def _train_all(
-    pairs: Sequence[Pair], ways: Mapping[str, Way], pipe: Any, folder: Path, options: argparse.Namespace, began: float
+    pairs: Sequence[Pair], ways: Mapping[str, Way], folder: Path, options: argparse.Namespace, began: float
 ) -> None:
-    """Train what is not in the folder yet."""
+    """Train what is not in the folder yet, several at once: first what stands alone, then what is trained beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted: dict[str, tuple[str, str | None]] = {}
-    for pair in pairs:
-        wanted |= {pair.first: (pair.first, None), pair.second: (pair.second, None)}
-    if "beside" in ways:
-        wanted |= {f"{pair.second}-beside-{pair.first}": (pair.second, pair.first) for pair in pairs}
-    for name, (what, beside) in wanted.items():
-        file = folder / f"{name}.safetensors"
-        if file.exists():
+    alone: dict[str, Training] = {name: (name, None) for pair in pairs for name in (pair.first, pair.second)}
+    both = {beside_name(pair): (pair.second, pair.first) for pair in pairs} if "beside" in ways else dict[str, Training]()
+    for wanted in (alone, both):
+        jobs = [
+            (what, beside, file, options)
+            for name, (what, beside) in wanted.items()
+            if not (file := folder / f"{name}.safetensors").exists()
+        ]
+        if not jobs:
             continue
-        train(_training(what, beside, file, options), pipe=pipe)
-        print(f"{time.monotonic() - began:6.1f} s  trained {name}", flush=True)
+        with multiprocessing.get_context("spawn").Pool(min(len(jobs), options.trainings)) as pool:
+            for name in pool.imap_unordered(train_one, jobs, chunksize=1):
+                print(f"{time.monotonic() - began:6.1f} s  trained {name}", flush=True)
+
+
+def train_one(job: tuple[str, str | None, Path, argparse.Namespace]) -> str:
+    """Train an adapter, and give its name."""
+    what, beside, file, options = job
+    train(_training(what, beside, file, options), pipe=load_base("icons", device=options.device))
+    return file.stem
 
 
 def _training(what: str, beside: str | None, file: Path, options: argparse.Namespace) -> TrainConfig:
-    """How an adapter is trained: by the defaults of its kind."""
+    """How an adapter is trained: by the defaults of its kind, and beside another one as the guide has it."""
     given: dict[str, Any] = {"steps": options.train_steps} if options.train_steps else {}
     is_character = (options.data / "subjects" / what).exists()
     if is_character:
         given |= {"preset": "subject", "trigger": what}
     if beside is not None:
+        given |= BESIDE
         given["beside"] = (f"{file.parent / beside}.safetensors",)
+        given["beside_prompt"] = tuple(prompts_of(drawings(options.data, beside)))
     return TrainConfig(
         (drawings(options.data, what),),
         output=file,
@@ -174,6 +238,13 @@ def _training(what: str, beside: str | None, file: Path, options: argparse.Names
         overwrite=True,
         **given,
     )
+
+
+def prompts_of(folder: Path) -> list[str]:
+    """The captions of a folder that is trained on, which call its adapter."""
+    found = scan(folder)
+    found.check()
+    return [picture.caption for picture in found.pictures if picture.caption is not None]
 
 
 def _learn(found: Measure, pairs: Sequence[Pair], way: Way) -> None:
@@ -243,10 +314,21 @@ def _loaded(found: Measure, way: Way, pair: Pair) -> Iterator[Any]:
             found.adapters.remove(name)
 
 
+def points_of(way: Way, options: argparse.Namespace) -> list[Point]:
+    """The points of a way: of both ends, and between."""
+    return [*ENDS, *way.points[: options.points]]
+
+
+def _draws_ends(way: Way) -> bool:
+    """Whether the ends of a way are its own, and not those of plain strengths."""
+    return way.name in ("plain", "beside")
+
+
 def _measure(found: Measure, pair: Pair, way: Way) -> None:
     """Draw and judge a pair in a way."""
-    own = way.points[: found.options.points]
-    points: list[Point] = [*ENDS, *own] if way.name in ("plain", "beside") else list(own)
+    points = points_of(way, found.options)
+    if not _draws_ends(way):
+        points = points[len(ENDS) :]
     seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
     with _loaded(found, way, pair) as strengths:
         if strengths is None:
@@ -260,7 +342,7 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
             return
     shape = (len(points), len(seeds), len(prompts))
     scores = judge(found, pair, pixels, shape)
-    if way.name not in ("plain", "beside"):  # at the ends one acts alone, in any way
+    if not _draws_ends(way):  # at the ends one acts alone, in any way
         plain = found.scores[pair.name]["plain"][: len(ENDS)]
         scores, points = torch.cat([plain, scores]), [*ENDS, *points]
     found.scores.setdefault(pair.name, {})[way.name] = scores
@@ -318,21 +400,26 @@ def _rows(found: Measure, pair: Pair) -> None:
         found.strips.setdefault(f"rows {pair.name}", {})[kind] = row
 
 
-def report(found: Measure, pairs: Sequence[Pair]) -> None:
+def report(found: Found, pairs: Sequence[Pair]) -> None:
     """Write all that is known by now."""
     output: Path = found.options.output
     known = [pair for pair in pairs if pair.name in found.scores]
     figures = {pair.name: _figures(found, pair) for pair in known}
-    names = list(dict.fromkeys(name for pair in known for name in found.scores[pair.name]))
-    totals = {name: _total(found, known, name) for name in names if name != "plain"}
+    names = [name for name in every() if any(name in found.scores[pair.name] for pair in known)]
+    kinds = {"pairs of styles": False, "with a character": True}
+    of_kinds = {kind: [pair for pair in known if pair.character == character] for kind, character in kinds.items()}
+    totals = {
+        kind: {name: told for name in names if name != "plain" and (told := _total(found, several, name)) is not None}
+        for kind, several in of_kinds.items()
+        if several
+    }
     text = [_volumes_table(figures, names, totals), _balance_table(figures, names), _rows_table(found)]
     (output / "table.md").write_text("\n".join(text), encoding="utf-8")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     summary = {"device": device, "settings": {name: str(value) for name, value in vars(found.options).items()},
                "pairs": figures, "together": totals, "rows": found.rows}  # fmt: skip
     (output / "figures.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    flat = {f"{pair} / {way}": one.contiguous() for pair, ways in found.scores.items() for way, one in ways.items()}
-    save_file(flat, output / "scores.safetensors")
+    found.keep()
     for pair in known:
         _plot(found, pair)
     for title, strips in found.strips.items():
@@ -341,7 +428,7 @@ def report(found: Measure, pairs: Sequence[Pair]) -> None:
         sheet.grid(list(strips.values()), list(strips), columns, title).convert("RGB").save(path, quality=80)
 
 
-def _figures(found: Measure, pair: Pair) -> dict[str, Any]:
+def _figures(found: Found, pair: Pair) -> dict[str, Any]:
     """The figures of a pair by way."""
     plain, rows = _counted(found, pair, "plain"), {}
     for name, tensor in found.scores[pair.name].items():
@@ -361,17 +448,17 @@ def _figures(found: Measure, pair: Pair) -> dict[str, Any]:
     return rows
 
 
-def _counted(found: Measure, pair: Pair, name: str) -> curves.Scores:
+def _counted(found: Found, pair: Pair, name: str) -> curves.Scores:
     """The scores of a way as they count."""
     scores = found.scores[pair.name]
     return curves.scaled(scores[name].double().numpy(), scores["plain"].double().numpy())
 
 
-def _total(found: Measure, pairs: Sequence[Pair], name: str) -> dict[str, Any]:
-    """A way against plain strengths over all pairs that it was measured on."""
+def _total(found: Found, pairs: Sequence[Pair], name: str) -> dict[str, Any] | None:
+    """A way against plain strengths over all pairs of a kind that it was measured on; None where there is none."""
     both = [(_counted(found, pair, name), _counted(found, pair, "plain"))
             for pair in pairs if name in found.scores[pair.name]]  # fmt: skip
-    return {"pairs": len(both), **vars(curves.together(both))}
+    return {"pairs": len(both), **vars(curves.together(both))} if both else None
 
 
 def _mark(row: Mapping[str, float]) -> str:
@@ -381,23 +468,26 @@ def _mark(row: Mapping[str, float]) -> str:
     return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "even"
 
 
-def _volumes_table(figures: Mapping[str, Any], names: Sequence[str], totals: Mapping[str, Any]) -> str:
-    headings = ("more volume than plain strengths", *figures, "all pairs")
-    rows = [("plain (its volume)", *(f"{one['plain']['volume']['value']:.3f}" for one in figures.values()), "")]
+def _volumes_table(figures: Mapping[str, Any], names: Sequence[str], totals: Mapping[str, Mapping[str, Any]]) -> str:
+    headings = ("more volume than plain strengths", *figures, *totals)
+    rows = [
+        ("plain (its volume)", *(f"{one['plain']['volume']['value']:.3f}" for one in figures.values()), *[""] * len(totals))
+    ]
     for name in names:
         if name == "plain":
             continue
         cells = [_signed(one[name]["above"]) if name in one else "-" for one in figures.values()]
-        rows.append((name, *cells, f"{curves.Interval(**_interval(totals[name])).signed()} {_mark(totals[name])}"))
+        rows.append((name, *cells, *(_total_words(own[name]) if name in own else "-" for own in totals.values())))
     return markdown_table(headings, rows)
+
+
+def _total_words(row: Mapping[str, Any]) -> str:
+    interval = curves.Interval(*(row[name] for name in ("value", "low", "high")))
+    return f"{interval.signed()} {_mark(row)}, {row['pairs']} pairs"
 
 
 def _signed(row: Mapping[str, float]) -> str:
     return f"{row['value']:+.3f} {_mark(row)}"
-
-
-def _interval(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: row[name] for name in ("value", "low", "high")}
 
 
 def _balance_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -415,7 +505,7 @@ def _balance_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
     return markdown_table(headings, rows)
 
 
-def _rows_table(found: Measure) -> str:
+def _rows_table(found: Found) -> str:
     headings = ("told the first, from all of it to none", *(f"{share:.0%}" for share in np.linspace(1, 0, COLUMNS)))
     rows = [
         (f"{pair}, {kind}", *(f"{one:.0%}" for one in told))
@@ -425,7 +515,7 @@ def _rows_table(found: Measure) -> str:
     return markdown_table(headings, rows)
 
 
-def _plot(found: Measure, pair: Pair) -> None:
+def _plot(found: Found, pair: Pair) -> None:
     """The points of each way: how much of the one and of the other; fainter where the prompt is not followed."""
     import matplotlib
 
@@ -454,7 +544,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("blends"), help="folder for figures, plots, sheets and adapters")
     parser.add_argument("--adapters", type=Path, help="folder of adapters; what is not there is trained into it")
     parser.add_argument("--only-train", action="store_true", help="measure nothing")
-    parser.add_argument("--methods", nargs="+", choices=list(every()), help="the ways to compare with plain; by default all")
+    parser.add_argument("--only-report", action="store_true", help="train and draw nothing: tell what is known")
+    parser.add_argument("--from", dest="others", type=Path, nargs="+", default=[], help="take the scores of other outputs")
+    parser.add_argument("--no-rows", dest="rows", action="store_false", help="draw no rows from one style to the other")
+    parser.add_argument("--trainings", type=int, default=1, help="trainings at once")
+    parser.add_argument("--methods", nargs="+", choices=list(every()), help="the ways to compare with plain, in this order")
     parser.add_argument("--without", nargs="+", choices=[*every()][1:], default=[], help="ways to leave out")
     parser.add_argument("--pairs", nargs="+", choices=[pair.name for pair in PAIRS], help="which; by default all")
     parser.add_argument("--seeds", type=int, default=10)
@@ -468,6 +562,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="the smallest setting that runs through everything")
     options = parser.parse_args()
+    if options.only_report and not options.others and not (options.output / SCORES).exists():
+        parser.error(
+            f"--only-report tells what was measured: there is no {SCORES} in {options.output}; name folders by --from"
+        )
     if options.quick:
         given = {"seeds": 1, "prompts": 1, "steps": 4, "points": 3, "batch": 8, "train_steps": 12}
         vars(options).update(given)

@@ -160,7 +160,9 @@ def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapter
 def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     files: dict[str, Path], adapters: Adapters, tmp_path: Path
 ) -> None:
-    factors = adapters.calibrate(["a cat"], sampling=Sampling(steps=1, guidance=1.0)).factors
+    halved = ByPart(components=dict.fromkeys(("text_encoder", "text_encoder_2"), 0.5))
+    alone: dict[str, float | ByPart] = {"ink": 1.0, "flat": halved}  # as they act
+    factors = adapters.calibrate(["a cat"], alone, sampling=Sampling(steps=1, guidance=1.0)).factors
     for name in adapters.names:
         adapters.remove(name)
     chosen = (f"{files['ink']}=0.5", f"{files['flat']}=0.25,te:0.5")
@@ -170,6 +172,10 @@ def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     assert [one.strength for one in first.recipe.adapters] == pytest.approx([0.5 * factors["ink"], 0.25 * factors["flat"]])
     again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"), pipe=adapters.pipe)[0]
     assert again.recipe == first.recipe and list(again.image.getdata()) == list(first.image.getdata())
+    with pytest.raises(UserError, match="--calibrate compares adapters, and there is 1;"):
+        generate(GenerateConfig("a cat", adapter=chosen[0], calibrate=True, output=tmp_path / "b.png", **common))
+    with pytest.raises(UserError, match="--compose-file weighs them as was learned; leave one away"):
+        GenerateConfig("a cat", adapter=chosen, calibrate=True, compose_file=tmp_path / "both.safetensors")
     with pytest.raises(UserError, match="leave --calibrate away"):
         GenerateConfig(recipe=first.path, calibrate=True)
 
@@ -189,7 +195,7 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
     for size in (one for one in found.sizes if (one.component, one.site) == (component, path)):
         assert size.change == pytest.approx(float(changes[size.adapter].norm()), rel=1e-3)
         assert size.relative == pytest.approx(size.change / float(before.norm()))
-    met = next(one for one in found.meetings if (one.component, one.site) == (component, path))
+    met = next(one for one in found.overlaps if (one.component, one.site) == (component, path))
     ink, flat = (changes[name].flatten(1).double() for name in ("ink", "flat"))
     assert met.cosine == pytest.approx(float(torch.cosine_similarity(ink.flatten(), flat.flatten(), 0)), abs=1e-3)
     for told, one, other in ((met.writes, ink, flat), (met.reads, ink.T, flat.T)):
@@ -218,14 +224,14 @@ def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str
     adapters.remove("flat")
     sampling = Sampling(steps=1, guidance=1.0)
     found = adapters.report(["a cat"], sampling=sampling)
-    for one in found.meetings:
+    for one in found.overlaps:
         assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
     assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
     assert found.even == pytest.approx({"ink": 0.5, "again": 0.5})
     assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5}, abs=1e-3)
     assert found.excess == pytest.approx(0, abs=1e-8) and found.excess_whole is not None and found.excess_whole > 1e-6
     assert all(one.cosine == pytest.approx(1, abs=1e-4) for one in found.conflicts)
-    assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"
+    assert json.loads(json.dumps(found.as_json()))["overlaps"][0]["first"] == "ink"
 
 
 @torch.no_grad()

@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import judges_of_transformers
+import numpy as np
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
@@ -21,9 +23,9 @@ from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
-from peft_diffusion.evaluation.evaluate import evaluate
+from peft_diffusion.evaluation.evaluate import _case, evaluate
 from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, prompt_of, read_gallery
-from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quantile
+from peft_diffusion.evaluation.intervals import Estimate, below, estimate, estimate_share, quantile
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
@@ -78,6 +80,19 @@ def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
     drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
     assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
     assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
+
+
+@pytest.mark.parametrize(("seeds", "pictures"), [(4, 4), (4, 1), (3, 8), (10, 2)])
+@pytest.mark.parametrize("truth", [0.6, 0.9, 0.97])
+def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(seeds: int, pictures: int, truth: float) -> None:
+    shares = np.random.default_rng(0).binomial(pictures, truth, (400, seeds)) / pictures
+    found = [estimate_share(row.tolist(), pictures) for row in shares]
+    assert np.mean([one.low <= truth <= one.high for one in found]) > 0.93
+    assert estimate_share([0.5, 1.0, 0.75, 0.75], 4) == estimate([0.5, 1.0, 0.75, 0.75])  # which differ more than by chance
+    end = estimate_share([0.75] * 4, 4).low  # where the score of the share that was found is that of the confidence
+    assert (0.75 - end) / math.sqrt(end * (1 - end) / 16) == pytest.approx(1.959964, abs=1e-5)
+    assert estimate_share([1.0] * 4, 4).low == pytest.approx(0.794093, abs=1e-5)  # R's binom.test(16, 16)
+    assert estimate_share([0.75], 4) == Estimate(0.75, None, 1)
 
 
 def test_the_interval_of_a_share_is_one_of_a_share() -> None:
@@ -167,6 +182,7 @@ def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: Diffusio
     called = read_gallery(ink, "ink", tiny_pipe, spec=Spec(triggers=("sks",)))
     assert called.captions[0] == "sks, ink drawing of a cat" or called.captions[0].startswith("sks")
     assert called.subjects == gallery.subjects
+    assert replace(gallery, triggers=("red",)).without_words("Red pinkred ink, red") == "pinkred ink"
     assert at_most(gallery, 2).captions == (gallery.captions[0], gallery.captions[2])
     assert gallery.some(2) == [0, 2] and gallery.some(9) == [0, 1, 2, 3]
 
@@ -184,6 +200,9 @@ def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: Diffusio
         ({"caption_prefix": "ink drawing of"}, (), "ink drawing of a cat", "ink drawing of a cat"),
         ({"trigger": "sks"}, ("sks",), "a cat", "sks, a cat"),
         ({"trigger": "sks"}, ("sks",), "a cat of sks", "a cat of sks"),
+        ({"trigger": "ink"}, ("ink",), "a pink cat", "ink, a pink cat"),
+        ({"trigger": "ink"}, ("ink",), "Ink cat", "Ink cat"),
+        ({"caption_template": ["{caption} by {trigger}"], "trigger": "ink"}, ("ink",), "a sink", "a sink by ink"),
         ({"caption_template": ["{caption} by {trigger}"], "trigger": "sks"}, ("sks",), "a cat", "a cat by sks"),
         ({"caption_prefix": 3, "caption_template": "many", "wildcards": True}, (), "a {red|blue} cat", "a red cat"),
     ],
@@ -304,7 +323,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert ink.values["fall"][0.0] == Estimate(0.0, 0.0, 2) and ink.values["moved"][0.0].mean == 0.0
     assert ink.values["loss"][0.0] != ink.values["loss"][1.0] and ink.values["moved"][1.0].mean > 0
     assert ink.prompts[0] == "ink drawing of a cat" and ink.leak_prompts[0] == "a cat"
-    assert [(one.own, one.other) for one in found.meetings] == [("ink", "flat"), ("flat", "ink")]
+    assert [(one.own, one.other) for one in found.interference] == [("ink", "flat"), ("flat", "ink")]
     assert set(found.trust.styles) == {"ink", "flat", "flat 2", BASE} and found.trust.styles[BASE][1] == 8
     messages = [one.message for one in told if isinstance(one, (Warned, Noted))]
     assert any("2 of 4 pictures were trained on" in one for one in messages)
@@ -318,6 +337,21 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert "Distance to training pictures" in page and "flat on" in page
 
 
+def test_copies_are_looked_for_among_all_that_was_trained_on(
+    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_base: Path, tmp_path: Path
+) -> None:
+    _, config, _ = evaluated
+    tiny_pipe = load_base(str(tiny_base), device="cpu")
+    adapters, choice = Adapters(tiny_pipe), config.choices()[0]
+    name = adapters.load(make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, ("sks",)), name="ink")
+    told: list[Event] = []
+    case = _case(replace(config, pictures=2, leak_prompts=("a Sks cat",)), choice, name, adapters, icons, told.append)
+    assert [one for one in told if isinstance(one, Warned) and '"a Sks cat" calls ink by "sks"' in one.message]
+    assert case.copies is not None and len(case.copies.trained) == 6 and len(case.images) == len(case.copies.unseen) == 2
+    of_all = decoded(encoded(read_gallery(config.folders("trained")["ink"], "all", tiny_pipe), tiny_pipe).latents, tiny_pipe)
+    assert case.copies(of_all)["nearness"] == 0.0
+
+
 def test_interference_is_the_loss_with_both_on_over_that_alone(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], flat: Path
 ) -> None:
@@ -329,7 +363,7 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
     examples = encoded(read_gallery(flat, "flat", adapters.pipe), adapters.pipe)
     alone, both = bench.losses(examples, {"flat": 1.0}), bench.losses(examples, {"flat": 1.0, "ink": 1.0})
     wanted = estimate([after / before - 1 for after, before in zip(both, alone, strict=True)])
-    told = found.meetings[1].loss
+    told = found.interference[1].loss
     assert told is not None and told.mean == pytest.approx(wanted.mean, rel=1e-4)
     assert told.half == pytest.approx(wanted.half, rel=1e-3)
     assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)
@@ -353,7 +387,7 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
     assert list(met) == pytest.approx([0.5, 0.5, 0.5])
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
-    copies = Copies.of(judge, grey(50, 60), grey(70, 80))
+    copies = Copies.of(judge, judge.marks(grey(50, 60)), grey(70, 80))
     assert copies(grey(60, 90)) == {"nearness": pytest.approx(1.0), "copies": 0.5}
     trust = taught.trust(styles)
     assert trust.styles == {"ink": (1.0, 4), BASE: (1.0, 3)} and trust.subjects is None
@@ -368,6 +402,8 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
         ({"data": ()}, "real pictures to judge by"),
         ({"data": ("one",)}, "no folder for flat"),
         ({"data": ("one", "two", "three")}, "this is folder 3"),
+        ({"data": ("flat=one", "two")}, "--data two is a second folder for flat"),
+        ({"trained": ("ink=one", "ink=two")}, "--trained ink=two is a second folder for ink"),
         ({"judge": "clip", "judge_model": "nowhere"}, "no judge 'nowhere'"),
     ],
 )

@@ -32,8 +32,11 @@ from peft_diffusion.core.regions import Layout
 from peft_diffusion.fast import drawing
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.asked import order
+from peft_diffusion.generation.automatic_regions import concepts_of
 from peft_diffusion.generation.regions import Area, DrawnRegion, parse_area, picture_masks
+from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
+from peft_diffusion.generation.telling import Telling
 from peft_diffusion.methods.lora import Lora
 
 
@@ -361,6 +364,64 @@ def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, 
     other = generate(GenerateConfig("a dog", **common), pipe=tiny_pipe)[0]
     found, expected, without = (np.asarray(one.image, dtype=int) for one in (divided, plain, other))
     assert np.abs(found - expected).max() <= 1 < np.abs(expected - without).max()
+
+
+def test_a_box_in_pixels_is_the_same_part_in_every_pass(tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
+    ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
+    common: dict[str, Any] = {"steps": 1, "hires": 1.5, "hires_steps": 1, "device": "cpu", "output": tmp_path / "a"}
+    drawn = [
+        generate(GenerateConfig("a dog", region=f"box={box} adapter={ink}", **common), pipe=tiny_pipe)[0].image.tobytes()
+        for box in ("0,0,0.5,1", "0,0,32,64", "0,0,0.5,0.5")
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]  # of the first pass, which is of 64 pixels
+
+
+def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
+    tiny_base: Path, tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
+    monkeypatch.chdir(tmp_path)
+    common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
+    drawn = [
+        generate(GenerateConfig("a dog", adapter=f"{one}=0.5", region="box=0,0,1,1 adapter=ink.safetensors=0.5", **common),
+                 pipe=tiny_pipe)[0]
+        for one in ("ink.safetensors", ink)
+    ]  # fmt: skip
+    assert [len(one.recipe.adapters) for one in drawn] == [1, 1]
+    assert drawn[0].image.tobytes() == drawn[1].image.tobytes()
+    twice = Region(box=(0, 0, 1, 1), adapter=("ink.safetensors=1", f"{ink}=0.5"))
+    with pytest.raises(UserError, match=r"region 1 names the adapter ink\.safetensors twice"):
+        generate(GenerateConfig("a dog", region=twice, **common), pipe=tiny_pipe)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(ink, name="ink")
+    with pytest.raises(UserError, match="a region names the adapter 'ink' twice"):
+        adapters.batch([Request("a dog", regions=[Region(box=(0, 0, 1, 1), adapter=("ink=1", "ink=0.5"))])])
+
+
+def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    for region, message in (
+        ("box=64,0,96,64", "region 1 holds nothing of a picture of 64x64: box=64.0,0.0,96.0,64.0 lies outside"),
+        (f"mask={tmp_path / 'black.png'}", "region 1 holds nothing of a picture of 64x64: its mask is black"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(GenerateConfig("a dog", region=region, **common), pipe=tiny_pipe)
+    for name, value in (("region_feather", 0.2), ("region_isolation", 0.5)):
+        with pytest.raises(UserError, match="are of regions; give --region or --regions auto too"):
+            generate(GenerateConfig("a dog", **{**common, name: value}), pipe=tiny_pipe)
+
+
+def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(
+    tiny_base: Path, tiny_pipe: Any, tmp_path: Path
+) -> None:
+    adapters = Adapters(tiny_pipe)
+    for seed, (name, trigger) in enumerate({"ink": "red", "flat": "red dog"}.items()):
+        adapters.load(make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, (trigger,)), name=name)
+    telling = Telling(tiny_pipe, Sampling())
+    for prompt in ("a red cat a red dog", "a [red:blue:0.5] cat <hypernet:x:1> a red dog"):
+        found = concepts_of(adapters, Cell(prompt, 0, {"ink": 1.0, "flat": 1.0}), telling)
+        assert [(one.name, one.tokens) for one in found] == [("ink", (2,)), ("flat", (5, 6))]
 
 
 def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from .. import __version__
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import interrupts_apart
+from ..core.events import interrupts_apart, terminations_cleaned_up
 from . import lean
 from .config_file import RunFile, whole_numbers
 from .flags import explained
@@ -155,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_process(arguments: Sequence[str] | None = None) -> int:
     """Run the command line as all that a process does: as `main`, and no signal meets the interpreter's own end.
 
+    SIGTERM and SIGHUP remove what is half written before they end the process.
+
     Args:
         arguments: As of `main`.
 
@@ -162,9 +164,11 @@ def run_process(arguments: Sequence[str] | None = None) -> int:
         The exit code, as of `main`.
     """
     lean.claim()
-    with interrupts_apart():
+    with interrupts_apart(), terminations_cleaned_up():
         code = main(arguments)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
     return code
 
 

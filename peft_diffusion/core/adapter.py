@@ -1,7 +1,10 @@
 """What a method adds at a site."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, KeysView, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -41,13 +44,10 @@ class Pair(Protocol):
 
     Attributes:
         rank: Of the pair.
-        lasting: Whether it stays what it is: parameters of an adapter may be trained.
     """
 
     @property
     def rank(self) -> int: ...
-    @property
-    def lasting(self) -> bool: ...
 
     def matrices(self) -> Matrices:
         """Give the pair as it is now.
@@ -58,33 +58,81 @@ class Pair(Protocol):
         ...
 
 
-class StoredPair:
-    """The pair that a file holds for a site. An adapter is made of it when somebody asks for one: drawing needs none.
+class Described(NamedTuple):
+    """What a header tells of a tensor."""
 
-    Its tensors are never written, and copies share them.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-    Args:
-        down: (rank, in, ...), in the shape of the weight.
-        up: (out, rank).
-        scale: What the product is multiplied with.
-        build: Makes the adapter.
+
+@dataclass(frozen=True, slots=True)
+class PairForm:
+    """How a file holds the pair of a site; files of one shape share it.
+
+    Attributes:
+        down: The suffix of the tensor that is ``down``.
+        up: The suffix of ``up``.
+        alpha: The suffix of the tensor with the number that the scale is made of; None where ``constant`` is it.
+        constant: That number, where no tensor holds it.
+        down_shape: (rank, in, ...), in the shape of the weight.
+        up_shape: (out, rank).
+        scale: Makes what the product is multiplied with, of that number; None of one that only `Method.read` can judge.
+        build: Makes the adapter, of the site, ``down``, ``up`` and the number.
     """
 
-    __slots__ = ("_build", "_matrices")
-    lasting: ClassVar[bool] = True
-
-    def __init__(self, down: Tensor, up: Tensor, scale: float, build: "Callable[[Site], Adapter]") -> None:
-        self._matrices = Matrices(down, up, scale)
-        self._build = build
+    down: str
+    up: str
+    alpha: str | None
+    constant: float
+    down_shape: tuple[int, ...]
+    up_shape: tuple[int, int]
+    scale: "Callable[[float, int], float | None]"
+    build: "Callable[[Site, Tensor, Tensor, float], Adapter]"
 
     @property
     def rank(self) -> int:
         """Of the pair."""
-        return len(self._matrices.down)
+        return self.down_shape[0]
+
+
+class Piece(NamedTuple):
+    """Where a matrix begins: the flat tensor that it lies in, and how many numbers are before it there."""
+
+    flat: Tensor
+    start: int
+
+
+class StoredPair:
+    """The pair that a file holds for a site. An adapter is made of it when somebody asks for one: drawing needs none.
+
+    Its tensors are never written, and copies share them. They are cut out of the numbers of the file when they are asked
+    for, as a network has hundreds of sites.
+
+    Args:
+        form: Its shapes.
+        down: Where (rank, in, ...) lies.
+        up: Where (out, rank) lies.
+        number: What the scale is made of.
+        scale: What the product is multiplied with.
+
+    Attributes:
+        rank: Of the pair.
+    """
+
+    __slots__ = ("down", "form", "number", "rank", "scale", "up")
+
+    def __init__(self, form: PairForm, down: Piece, up: Piece, number: float, scale: float) -> None:
+        self.form = form
+        self.down = down
+        self.up = up
+        self.number = number
+        self.scale = scale
+        self.rank = form.down_shape[0]
 
     def matrices(self) -> Matrices:
         """The matrices, on the CPU."""
-        return self._matrices
+        form = self.form
+        return Matrices(cut(*self.down, form.down_shape), cut(*self.up, form.up_shape), self.scale)
 
     def build(self, site: Site) -> "Adapter":
         """Make the adapter.
@@ -95,13 +143,41 @@ class StoredPair:
         Returns:
             A new one, with parameters of its own.
         """
-        return self._build(site)
+        down, up, _ = self.matrices()
+        return self.form.build(site, down, up, self.number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self._matrices, self._build)
+        return type(self), (self.form, self.down, self.up, self.number, self.scale)
+
+
+@lru_cache(maxsize=1000)
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell the strides of a contiguous tensor.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        As many numbers.
+    """
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def cut(flat: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Look at a part of a flat tensor, which takes one operation.
+
+    Args:
+        flat: Of one dimension, without gaps.
+        start: How many of its numbers are before the part.
+        shape: Of the part.
+
+    Returns:
+        A view.
+    """
+    return flat.as_strided(shape, contiguous(shape), flat.storage_offset() + start)
 
 
 class KeepsPrecision(nn.Module):
@@ -406,7 +482,8 @@ class AdapterDict(nn.Module):
         """
         self._modules[name] = None
         self._stored[name] = pair
-        self._site = (site,)
+        if not self._site:
+            vars(self)["_site"] = (site,)  # nn.Module looks through all kinds of members, which is slow for so many sites
 
     def exchange(self, name: str, pair: StoredPair) -> None:
         """Put another pair in the place of one that is not built yet.
@@ -437,9 +514,9 @@ class AdapterDict(nn.Module):
         """The adapters that are built, in the order of attachment; those that are not do no more than add a pair."""
         return [module for module in self._modules.values() if isinstance(module, Adapter)]
 
-    def names(self) -> list[str]:
+    def names(self) -> KeysView[str]:
         """The names, in the order of attachment."""
-        return list(self._modules)
+        return self._modules.keys()
 
     def __getitem__(self, name: str) -> Adapter:
         if name in self._stored:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -28,10 +29,41 @@ def one_at_a_time(change: Callable[_Given, _Result]) -> Callable[_Given, _Result
 
     @functools.wraps(change)
     def waiting(*given: _Given.args, **named: _Given.kwargs) -> _Result:
-        with _lock, _lasting():
+        with _lock, _lasting(), _looking():
             return change(*given, **named)
 
     return waiting
+
+
+class _Walks(threading.local):
+    """Of the change that this thread is making."""
+
+    known: dict[nn.Module, list[tuple[str, nn.Module]]] | None = None
+
+
+_walks = _Walks()
+
+
+def walks() -> dict[nn.Module, list[tuple[str, nn.Module]]] | None:
+    """Give the modules that were found in components since the present change began. A change moves none of them, and asks
+    several times.
+
+    Returns:
+        Paths and modules by the component, to be looked up and added to; None where no change is being made.
+    """
+    return _walks.known
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    if _walks.known is not None:  # within another change
+        yield
+        return
+    _walks.known = {}
+    try:
+        yield
+    finally:
+        _walks.known = None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .adapter import Adapter, Site, StoredPair
+    from .adapter import Adapter, Described, PairForm, Site
 
 DEFAULT_TARGET = "attention+ff"
 """The target of a method that has none of its own, by its name in ``core.targets``."""
@@ -302,16 +302,16 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def stored(cls, site: "Site", tensors: Mapping[str, "Tensor"], constants: Mapping[str, float]) -> "StoredPair | None":
-        """Take what a file holds for a site as it is, where that is a pair of low rank and nothing else.
+    def stored(cls, site: "Site", tensors: "Mapping[str, Described]", constants: Mapping[str, float]) -> "PairForm | None":
+        """Say how a file holds what it has for a site, where that is a pair of low rank and nothing else.
 
         Args:
             site: The module that it will sit on.
-            tensors: Those of the site, by suffix.
+            tensors: What the header tells of those of the site, by suffix.
             constants: Numbers that belong beside them, by suffix.
 
         Returns:
-            The pair, whose ``build`` makes what ``read`` would; None where ``read`` is to be asked.
+            The form of the pair, whose ``build`` makes what ``read`` would; None where ``read`` is to be asked.
         """
         return None
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .adapter import Adapter, Pair, StoredPair, chained
+from .adapter import Adapter, AdapterDict, Pair, StoredPair, chained
 from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
-from .slab import LivePair, Slab, Wanted
+from .slab import LivePair, Wanted
 from .slot import SLOT, Packed, Slot, slot_of, state_of, walk
 from .strength import Strengths
 
@@ -110,7 +110,7 @@ def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSit
         The modules by path.
     """
     found = {path: m for path, m in walk(component) if isinstance(m, AdaptedSite)}
-    return found if name is None else {path: m for path, m in found.items() if name in m._peft_diffusion.adapters}
+    return found if name is None else {path: m for path, m in found.items() if name in _slot(m).held}
 
 
 def slots(component: nn.Module, name: str | None = None) -> dict[str, Slot]:
@@ -123,7 +123,12 @@ def slots(component: nn.Module, name: str | None = None) -> dict[str, Slot]:
     Returns:
         The slots by path.
     """
-    return {path: site._peft_diffusion for path, site in sites(component, name).items()}
+    return {path: _slot(site) for path, site in sites(component, name).items()}
+
+
+def _slot(site: AdaptedSite) -> Slot:
+    """What a site carries, several times faster than as an attribute."""
+    return cast(Slot, site._modules[SLOT])
 
 
 def strengths(component: nn.Module) -> Strengths | None:
@@ -277,7 +282,8 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
     found = targets.modules(component)
     modules = {path: found[path] if path in found else component.get_submodule(path) for path in built}
     for path, module in modules.items():
-        _check_free(path, module)
+        if not _is_free(module):
+            _check_free(path, module)
     blocks = targets.units(component, found)
     _check_one_state(component, found.values(), blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
@@ -287,11 +293,11 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
             slot = slot_of(module) or _swap(module, state, blocks.of(path))
             adapter = built[path]
             if isinstance(adapter, StoredPair):
-                slot.adapters.store(name, adapter, module)
+                slot.held.store(name, adapter, module)
             else:
-                slot.adapters[name] = adapter.to(_device(module, component)).train(module.training)
+                slot.held[name] = adapter.to(_device(module, component)).train(module.training)
                 adapter.bind(module)
-            slot.packed = None
+            slot.run_as(None)
     except BaseException:
         _take_off(component, state, name)
         raise
@@ -313,14 +319,14 @@ def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) 
     Whatever ends it early, the pairs that were there are there again.
     """
     carriers = sites(component, name)
-    held = {path: site._peft_diffusion.adapters for path, site in carriers.items()}
+    held = {path: _slot(site).held for path, site in carriers.items()}
     before = {path: pair for path, adapters in held.items() if (pair := adapters.stored(name)) is not None}
     if not len(held) == len(before) == len(stored) or before.keys() != stored.keys():
         return None
     try:
         for path, adapters in held.items():
             adapters.exchange(name, stored[path])
-        _pack(component, carriers)
+        _pack(component, carriers, name)
         next(iter(carriers.values()))._peft_diffusion.strengths.changes += 1
     except BaseException:  # as of a device that is full
         for path, adapters in held.items():
@@ -366,19 +372,21 @@ def check_detach(component: nn.Module, name: str) -> ComponentState:
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
     for path, site in sites(component, name).items():
-        _check_free(path, site)
+        if not _is_free(site):
+            _check_free(path, site)
     return state
 
 
 def _take_off(component: nn.Module, state: ComponentState, name: str) -> None:
     left, vacated = list[int](), list[int]()
     for site in sites(component).values():
-        slot = site._peft_diffusion
-        if name in slot.adapters:
-            del slot.adapters[name]
+        slot = _slot(site)
+        held = slot.held
+        if name in held:
+            del held[name]
             if slot.place is not None:
-                (left if len(slot.adapters) else vacated).append(slot.place)
-        if not len(slot.adapters):
+                (left if len(held) else vacated).append(slot.place)
+        if not len(held):
             _restore(site)
     state.slab.vacate(vacated)
     state.slab.release(name, left)
@@ -442,23 +450,24 @@ def pack(component: nn.Module) -> None:
     _pack(component, sites(component))
 
 
-def _pack(component: nn.Module, carriers: Mapping[str, AdaptedSite]) -> None:
-    """Bring the slab to what sites carry."""
-    state = next((site._peft_diffusion.component for site in carriers.values()), None)
+def _pack(component: nn.Module, carriers: Mapping[str, AdaptedSite], exchanged: str | None = None) -> None:
+    """Bring the slab to what sites carry. Of an adapter that was exchanged all is new, of others what is not packed yet."""
+    state = next((_slot(site).component for site in carriers.values()), None)
     if state is None:
         return
-    wanted, new = _wanted(component, state.slab, carriers)
+    wanted, new = _wanted(component, state, carriers, exchanged)
     try:
         places = state.slab.hold(wanted, [one for _, one in new])
     except BaseException:  # as of a device that is full: nothing is known of what was written
         unpack(component)
         raise
     for (slot, _), place in zip(new, places, strict=True):
-        slot.place, slot.packed = place, Packed(state.slab, place)
+        slot.place = place
+        slot.run_as(Packed(state.slab, place))
 
 
 def _wanted(
-    component: nn.Module, slab: Slab, carriers: Mapping[str, AdaptedSite]
+    component: nn.Module, state: ComponentState, carriers: Mapping[str, AdaptedSite], exchanged: str | None
 ) -> tuple[dict[int, Wanted], list[tuple[Slot, Wanted]]]:
     """What is yet to come into a slab, by place, and for the slots that have none."""
     usual: list[torch.dtype] = []
@@ -475,17 +484,20 @@ def _wanted(
 
     there: dict[int, Wanted] = {}
     new: list[tuple[Slot, Wanted]] = []
+    slab, strengths = state.slab, state.strengths
     for path, site in carriers.items():
-        slot = site._peft_diffusion
-        held, place, packed = slot.adapters, slot.place, slot.packed
+        slot = _slot(site)
+        held, place, packed = slot.held, slot.place, slot.packed
         names, unbuilt, dtype = held.names(), held.unbuilt, precision(site)
-        missing = list(unbuilt) if place is None else slab.missing(place, unbuilt, dtype)
-        if len(unbuilt) < len(names):
-            missing += [name for name in names if name not in unbuilt]
-        if place is not None and not missing and slab.count(place) == len(names):
-            slot.packed = packed or Packed(slab, place)
+        if place is None:
+            missing = list(names)
+        elif len(unbuilt) == len(names) and packed is not None and slab.computes(place) == dtype:
+            missing = [exchanged] if exchanged in names else []  # all that is of files stays in its place
+        else:
+            missing = slab.missing(place, unbuilt, dtype) + [name for name in names if name not in unbuilt]
+        if place is not None and packed is not None and not missing:
             continue
-        pairs = _pairs(slot, missing)
+        pairs = _pairs(held, strengths, missing)
         if pairs is None:
             _unpack(slot)
         elif place is None:
@@ -493,18 +505,18 @@ def _wanted(
             new.append((slot, Wanted(path.rpartition(".")[0], shape, dtype, names, pairs)))
         else:
             there[place] = Wanted("", (), dtype, names, pairs)
-            slot.packed = packed or Packed(slab, place)
+            slot.run_as(packed or Packed(slab, place))
     return there, new
 
 
-def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:
+def _pairs(held: AdapterDict, strengths: Strengths, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:
     """Adapters of a site as pairs, with their rows of the strengths; None where one is none."""
     found: dict[str, tuple[int, Pair]] = {}
-    unbuilt, strengths = slot.adapters.unbuilt, slot.strengths
+    unbuilt = held.unbuilt
     for name in names:
         pair: Pair | None = unbuilt.get(name)
         if pair is None:
-            adapter = slot.adapters[name]
+            adapter = held[name]
             made = adapter.low_rank()
             pair = None if made is None else LivePair(adapter, len(made.down))
         if pair is None:
@@ -514,6 +526,8 @@ def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | No
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
+    if isinstance(pair, StoredPair):
+        return (pair.form.up_shape[0], *pair.form.down_shape[1:])
     down, up, _ = pair.matrices()
     return (len(up), *down.shape[1:])
 
@@ -522,7 +536,8 @@ def _unpack(slot: Slot) -> None:
     """Run every adapter of a site by itself, and give its part of the slab up."""
     if slot.place is not None:
         slot.component.slab.vacate([slot.place])
-    slot.place = slot.packed = None
+    slot.place = None
+    slot.run_as(None)
 
 
 def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
@@ -542,7 +557,9 @@ def unpack(component: nn.Module) -> None:
 
 def _swap(module: nn.Module, state: ComponentState, block: int) -> Slot:
     module.__class__ = _adapted(cast(Hashable, type(module)))
-    slot = Slot(state, block).train(module.training)
+    slot = Slot(state, block)
+    for one in (slot, slot.held):
+        vars(one)["training"] = module.training  # what `train` would take ten times as long for
     module._modules[SLOT] = slot  # not add_module, which a class of others may have made its own
     return slot
 
@@ -569,6 +586,25 @@ def refuse_wrapped(path: str, module: nn.Module) -> None:
         )
 
 
+def _is_free(module: nn.Module) -> bool:
+    """Whether nothing stands in the way of swapping the class of a module, or swapping it back; False where it is to be
+    looked at: see `_check_free`."""
+    own, cls = vars(module), type(module)
+    if not _is_plain(cast(Hashable, cls)) or "forward" in own or "base_layer" in own or SLOT in own:
+        return False
+    inside = own["_modules"]
+    if inside:
+        return len(inside) == 1 and SLOT in inside and issubclass(cls, AdaptedSite)
+    return SLOT not in own["_parameters"] and SLOT not in own["_buffers"]
+
+
+@functools.cache
+def _is_plain(cls: Any) -> bool:
+    """Whether instances of a class have no names that matter but what is on them, and no class over ours."""
+    ours = not issubclass(cls, AdaptedSite) or cls.__mro__[1] is AdaptedSite
+    return ours and not hasattr(cls, SLOT) and not hasattr(cls, "base_layer")
+
+
 def _check_free(path: str, module: nn.Module) -> None:
     """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
     refuse_wrapped(path, module)
@@ -591,7 +627,7 @@ def _check_free(path: str, module: nn.Module) -> None:
 
 def _check_one_state(component: nn.Module, modules: Iterable[nn.Module], blocks: tuple[str, ...]) -> None:
     """Raises UserError where a part of a component, or a whole that it is a part of, was given adapters by itself."""
-    states = {module._peft_diffusion.component for module in modules if isinstance(module, AdaptedSite)}
+    states = {cast(ComponentState, _slot(one)._modules["component"]) for one in modules if isinstance(one, AdaptedSite)}
     if len(states) > 1 or any(state.strengths.blocks != blocks for state in states):
         raise UserError(
             f"this {targets.architecture(component)}, or what it is a part of, carries adapters that were attached to"

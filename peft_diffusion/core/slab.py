@@ -7,27 +7,27 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, LowRank, Matrices, Pair
+from .adapter import Adapter, LowRank, Matrices, Pair, StoredPair, contiguous, cut
 from .arena import ALIGNMENT
 
 _LEAST_ROOM = 8  # ranks of a region; from there on it doubles
 
 _ROWS = "rows"  # what the rows of the strengths are called among the buffers, beside dtypes
-_WORD = 8  # bytes: a multiple of the size of every number
 
 
 class LivePair:
     """The pair of an adapter that is built, as its parameters are."""
 
     __slots__ = ("_adapter", "_rank")
-    lasting = False
 
     def __init__(self, adapter: Adapter, rank: int) -> None:
         self._adapter = adapter
@@ -78,11 +78,11 @@ class Wanted(NamedTuple):
     parent: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    names: Sequence[str]
+    names: AbstractSet[str]
     pairs: Mapping[str, tuple[int, Pair]]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Held:
     """Ranks of a region that an adapter has."""
 
@@ -92,7 +92,7 @@ class _Held:
     pair: Pair
 
 
-@dataclass
+@dataclass(slots=True)
 class _Region:
     """The part of a slab that a site has; ``down`` and ``up`` are where it begins in the flat tensor of its dtype."""
 
@@ -108,20 +108,26 @@ class _Region:
     @property
     def width(self) -> int:
         """Numbers of a rank of ``down``."""
-        return torch.Size(self.shape[1:]).numel()
+        return math.prod(self.shape[1:])
 
     def gap(self, rank: int) -> int | None:
         """The first place with so many free ranks one after the other."""
         taken = 0
         for one in self.held.values():
             taken |= ((1 << one.rank) - 1) << one.start
-        free = ~taken & ((1 << self.room) - 1)
-        left = rank
-        while left > 1 and free:  # a bit stays where so many above it are free too
-            half = left // 2
-            free &= free >> half
-            left -= half
-        return (free & -free).bit_length() - 1 if free else None
+        return _gap(taken, self.room, rank)
+
+
+@lru_cache(maxsize=1000)  # sites that carry the same adapters have the same gaps
+def _gap(taken: int, room: int, rank: int) -> int | None:
+    """The first of so many free ranks one after the other among ``room``, of which the bits of ``taken`` are not free."""
+    free = ~taken & ((1 << room) - 1)
+    left = rank
+    while left > 1 and free:  # a bit stays where so many above it are free too
+        half = left // 2
+        free &= free >> half
+        left -= half
+    return (free & -free).bit_length() - 1 if free else None
 
 
 class Slab(nn.Module):
@@ -162,30 +168,42 @@ class Slab(nn.Module):
         self.views += [None] * more
         for place, one in zip(places, new, strict=True):
             self._regions[place] = _Region(one.parent, one.shape, one.dtype)
-        everything = {**wanted, **dict(zip(places, new, strict=True))}
         gone: list[tuple[int, _Held]] = []
         placed: list[tuple[int, _Held]] = []
         moving = False
-        for place, one in everything.items():
+        for place, one in (*wanted.items(), *zip(places, new, strict=True)):
             region = self._region(place)
-            moving = moving or region.dtype != one.dtype
-            region.dtype = one.dtype
-            gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
+            held = region.held
+            if region.dtype != one.dtype:
+                moving, region.dtype = True, one.dtype
+            if not held.keys() <= one.names:
+                gone += [(place, held.pop(name)) for name in held.keys() - one.names]
             for name, (row, pair) in one.pairs.items():
-                held = region.held.get(name)
-                if held is not None and held.rank != pair.rank:
-                    gone.append((place, region.held.pop(name)))
-                    held = None
-                start = region.gap(pair.rank) if held is None else held.start
+                before, rank = held.get(name), pair.rank
+                if before is not None and before.rank != rank:
+                    gone.append((place, held.pop(name)))
+                    before = None
+                start = region.gap(rank) if before is None else before.start
                 moving = moving or start is None
-                region.held[name] = _Held(0 if start is None else start, pair.rank, row, pair)
-                placed.append((place, region.held[name]))
+                held[name] = now = _Held(0 if start is None else start, rank, row, pair)
+                placed.append((place, now))
         if moving:
             self._move()
         elif gone or placed:
             self._clear(gone)
             self._fill(placed)
         return places
+
+    def computes(self, place: int) -> torch.dtype:
+        """Tell what a site computes in.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            The dtype of its region.
+        """
+        return self._region(place).dtype
 
     def missing(self, place: int, pairs: Mapping[str, Pair], dtype: torch.dtype) -> list[str]:
         """Tell which pairs of a site are yet to be written.
@@ -203,17 +221,6 @@ class Slab(nn.Module):
             return list(pairs)
         held = region.held
         return [name for name, pair in pairs.items() if name not in held or held[name].pair is not pair]
-
-    def count(self, place: int) -> int:
-        """How many adapters a region holds.
-
-        Args:
-            place: Of the site.
-
-        Returns:
-            Their number.
-        """
-        return len(self._region(place).held)
 
     def weighed(self, values: Tensor, blocks: Mapping[int, int]) -> dict[int, LowRank]:
         """Give the pairs of sites at their strengths, where these are what files hold.
@@ -233,10 +240,10 @@ class Slab(nn.Module):
         for place, region in regions.items():
             each[region.rows : region.rows + region.room] = blocks[place]
         amounts = values[self._rows, each.to(self._rows.device)].unsqueeze(1)
-        flats, rows = {dtype: flat.float() for dtype, flat in self._flats.items()}, self._rows
+        flats = {dtype: flat.float() for dtype, flat in self._flats.items()}
         found = {}
         for place, region in regions.items():
-            down, up, _ = self._view(region, flats, rows)
+            down, up = _matrices(region, flats)
             found[place] = LowRank(down.flatten(1), (up * amounts[region.rows : region.rows + region.room]).t())
         return found
 
@@ -293,42 +300,48 @@ class Slab(nn.Module):
 
     def _look(self) -> None:
         """Make the views."""
-        flats, rows = self._flats, self._rows
-        self.views = [None if region is None else self._view(region, flats, rows) for region in self._regions]
+        flats = self._flats
+        there = sorted((one for one in self._regions if one is not None), key=lambda one: one.rows)
+        # Regions that were given up leave rows between others until all move.
+        ends = itertools.chain.from_iterable((one.rows, one.rows + one.room) for one in there)
+        cuts = [end - begin for begin, end in itertools.pairwise((0, *ends, len(self._rows)))]
+        rows = dict(zip((one.rows for one in there), self._rows.split(cuts)[1::2], strict=True))
+        self.views = [None if one is None else SiteView(*_matrices(one, flats), rows[one.rows]) for one in self._regions]
 
-    def _view(self, region: _Region, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> SiteView:
-        flat, room, outputs = flats[region.dtype], region.room, region.shape[0]
-        down = flat[region.down : region.down + room * region.width].view(room, *region.shape[1:])
-        up = flat[region.up : region.up + room * outputs].view(room, outputs)
-        return SiteView(down, up, rows[region.rows : region.rows + room])
-
-    def _parts(self, place: int, held: _Held) -> tuple[Tensor, Tensor]:
-        """The ranks of an adapter at a site: (rank, in, ...) and (rank, out)."""
-        view = self.views[place]
-        if view is None:
-            raise IndexError(f"no site has the place {place}")
-        return view.down.narrow(0, held.start, held.rank), view.up.narrow(0, held.start, held.rank)
+    def _parts(self, placed: Iterable[tuple[int, _Held]]) -> list[tuple[Tensor, Tensor]]:
+        """The ranks of adapters at sites: (rank, in, ...) and, as files have it, (out, rank)."""
+        flats = {dtype: (flat, flat.storage_offset()) for dtype, flat in self._flats.items()}
+        found = []
+        for place, held in placed:
+            region = self._region(place)
+            (flat, begin), rank, outputs = flats[region.dtype], held.rank, region.shape[0]
+            shape = (rank, *region.shape[1:])
+            down = flat.as_strided(shape, contiguous(shape), begin + region.down + held.start * region.width)
+            up = flat.as_strided((outputs, rank), (1, outputs), begin + region.up + held.start * outputs)
+            found.append((down, up))
+        return found
 
     @torch.no_grad()
     def _clear(self, gone: Sequence[tuple[int, _Held]]) -> None:
-        parts = [part for place, held in gone for part in self._parts(place, held)]
-        if parts:
-            torch._foreach_zero_(parts)
+        if gone:
+            torch._foreach_zero_(list(itertools.chain.from_iterable(self._parts(gone))))
 
     @torch.no_grad()
     def _fill(self, placed: Sequence[tuple[int, _Held]]) -> None:
         """Write pairs to where they are held, those of one file with one copy to the device."""
-        places = [self._parts(place, held) for place, held in placed]
         if placed:
-            pairs = [held.pair.matrices() for _, held in placed]
-            pairs = pairs if self.device.type == "cpu" else uploaded(pairs, self.device)
-            ups = _scaled(pairs)
+            places = self._parts(placed)
+            pairs = uploaded([held.pair for _, held in placed], self.device)
             # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
             torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
-            torch._foreach_copy_([up for _, up in places], [up.t() for up in ups])
+            _fill_scaled([up for _, up in places], pairs)
+        ranks: list[int] = []
+        rows: list[int] = []
         for place, held in placed:
             start = self._region(place).rows + held.start
-            self._host_rows[start : start + held.rank] = held.row
+            ranks += range(start, start + held.rank)
+            rows += [held.row] * held.rank
+        self._host_rows[torch.tensor(ranks, dtype=torch.int64)] = torch.tensor(rows, dtype=torch.int64)
         self._rows.copy_(self._host_rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -376,70 +389,93 @@ class Slab(nn.Module):
         self._look()
 
 
-def _scaled(pairs: Sequence[Matrices]) -> list[Tensor]:
-    """The ups with their scales in them, in float32 where there is one."""
-    found = [pair.up for pair in pairs]
+def _fill_scaled(places: list[Tensor], pairs: Sequence[Matrices]) -> None:
+    """Write the ups with their scales in them, each rounded once."""
+    ups = [pair.up for pair in pairs]
     scaled = [number for number, pair in enumerate(pairs) if pair.scale != 1]
-    if scaled:
-        products = torch._foreach_mul([found[one].float() for one in scaled], [pairs[one].scale for one in scaled])
-        for number, product in zip(scaled, products, strict=True):
-            found[number] = product
-    return found
+    # What a place holds as it is can be multiplied there.
+    rounded = [one for one in scaled if places[one].dtype not in (ups[one].dtype, torch.float32)]
+    if rounded:
+        products = torch._foreach_mul([ups[one].float() for one in rounded], [pairs[one].scale for one in rounded])
+        for number, product in zip(rounded, products, strict=True):
+            ups[number] = product
+    torch._foreach_copy_(places, ups)
+    held = sorted(set(scaled) - set(rounded))
+    if held:
+        torch._foreach_mul_([places[one] for one in held], [pairs[one].scale for one in held])
 
 
-def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
-    """Bring pairs to a device, with one copy for all that lie in one piece of memory, as those of a file do.
+def uploaded(pairs: Sequence[Pair], device: torch.device) -> list[Matrices]:
+    """Bring pairs to a device, with one copy for all that lie in one flat tensor, as those of a file do.
 
     Args:
         pairs: On the CPU, or where they are to be.
         device: The device.
 
     Returns:
-        The pairs there.
+        Their matrices there; on the CPU those of files are where they were read.
     """
-    ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
-    keys: list[int] = []
-    matrices = [matrix for pair in pairs for matrix in pair[:2]]
-    for matrix in matrices:
-        storage = matrix.untyped_storage()
-        key = storage.data_ptr() if matrix.device.type == "cpu" else 0
-        keys.append(key)
-        if key:
-            first, last = ends.get(key, (storage.nbytes(), 0))
-            begin = int(matrix.storage_offset()) * matrix.itemsize
-            ends[key] = min(first, begin), max(last, begin + matrix.nbytes)
-    copies: dict[int, Tensor] = {}
-    numbers: dict[tuple[int, torch.dtype], Tensor] = {}
-    found: list[Tensor] = []
-    for key, matrix in zip(keys, matrices, strict=True):
-        if not key:
-            found.append(matrix)
-            continue
-        first, last = ends[key]
-        first -= first % _WORD
-        if (key, matrix.dtype) not in numbers:
-            if key not in copies:
-                whole = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
-                copies[key] = whole[first:last].to(device, non_blocking=True)
-            copy = copies[key]
-            numbers[key, matrix.dtype] = copy[: len(copy) - len(copy) % matrix.itemsize].view(matrix.dtype)
-        offset = matrix.storage_offset() - first // matrix.itemsize
-        found.append(numbers[key, matrix.dtype].as_strided(matrix.shape, matrix.stride(), offset))
-    return [Matrices(down, up, pair.scale) for down, up, pair in zip(found[::2], found[1::2], pairs, strict=True)]
+    flats = _copied([pair for pair in pairs if isinstance(pair, StoredPair)], device)
+    found = []
+    for pair in pairs:
+        if isinstance(pair, StoredPair):
+            form = pair.form
+            (down, before), (up, above) = flats[id(pair.down.flat)], flats[id(pair.up.flat)]
+            found.append(
+                Matrices(
+                    down.as_strided(form.down_shape, contiguous(form.down_shape), pair.down.start + before),
+                    up.as_strided(form.up_shape, contiguous(form.up_shape), pair.up.start + above),
+                    pair.scale,
+                )
+            )
+        else:
+            down, up, scale = pair.matrices()
+            found.append(Matrices(down.to(device, non_blocking=True), up.to(device, non_blocking=True), scale))
+    return found
+
+
+def _is_there(flat: Tensor, device: torch.device) -> bool:
+    return flat.device == device
+
+
+def _copied(pairs: Sequence[StoredPair], device: torch.device) -> dict[int, tuple[Tensor, int]]:
+    """The flat tensors of pairs on a device, as far as pairs lie there, and what to add to a place in the first to have it
+    in the storage of the other; by the address of the first."""
+    ends: dict[int, tuple[Tensor, int, int]] = {}
+    for pair in pairs:
+        form = pair.form
+        for (flat, start), size in ((pair.down, math.prod(form.down_shape)), (pair.up, math.prod(form.up_shape))):
+            _, first, last = ends.get(id(flat), (flat, start, 0))
+            ends[id(flat)] = flat, min(first, start), max(last, start + size)
+    found = {}
+    for key, (flat, first, last) in ends.items():
+        if _is_there(flat, device):
+            found[key] = flat, int(flat.storage_offset())
+        else:
+            copy = flat[first:last].to(device, non_blocking=True)
+            found[key] = copy, int(copy.storage_offset()) - first
+    return found
+
+
+def _matrices(region: _Region, flats: Mapping[torch.dtype, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a region has of the flat tensors: (room, in, ...) and (room, out)."""
+    flat, room = flats[region.dtype], region.room
+    return cut(flat, region.down, (room, *region.shape[1:])), cut(flat, region.up, (room, region.shape[0]))
 
 
 def _is_kept(region: _Region) -> bool:
     """Whether a region holds what files do."""
     pairs = [held.pair for held in region.held.values()]
-    return all(one.lasting and _is_exact(one.matrices(), region.dtype) for one in pairs)
+    return all(isinstance(one, StoredPair) and _is_exact(one, region.dtype) for one in pairs)
 
 
-def _is_exact(pair: Matrices, dtype: torch.dtype) -> bool:
+def _is_exact(pair: StoredPair, dtype: torch.dtype) -> bool:
     """Whether a pair is in a dtype what it is in float32, with the scale in its up."""
     if dtype == torch.float32:
         return True
-    turned = pair.scale == 1 or (dtype == torch.bfloat16 and math.frexp(pair.scale)[0] == 0.5)  # a power of 2 moves no digit
-    return turned and pair.down.dtype == pair.up.dtype == dtype
+    scale = pair.scale
+    turned = scale == 1 or (dtype == torch.bfloat16 and math.frexp(scale)[0] == 0.5)  # a power of 2 moves no digit
+    return turned and pair.down.flat.dtype == pair.up.flat.dtype == dtype
 
 
 def _reserve(sizes: dict[torch.dtype, int], dtype: torch.dtype, size: int) -> int:

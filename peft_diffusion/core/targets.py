@@ -97,20 +97,26 @@ def _within(pattern: str, path: str) -> tuple[str, str] | None:
     return (match[1], path[match.end(1) :]) if match else None
 
 
-def blocks(component: nn.Module, *, parts: bool = False, paths: Iterable[str] | None = None) -> Blocks:
+def blocks(component: nn.Module, *, parts: bool = False) -> Blocks:
     """List the blocks of a component, in the order of its modules; whatever lies in none is in ``other``.
 
     Args:
         component: The module to look in.
         parts: Whether to list the parts of blocks that take a strength of their own.
-        paths: Those of all its modules, for one who has them.
 
     Returns:
         The blocks.
     """
+    return _blocks(_pattern(component, parts), modules(component))
+
+
+def _pattern(component: nn.Module, parts: bool) -> str:
     own = table(component)
-    pattern = (own.part if parts else "") or own.block
-    found = (_within(pattern, path) for path in (modules(component) if paths is None else paths))
+    return (own.part if parts else "") or own.block
+
+
+def _blocks(pattern: str, paths: Iterable[str]) -> Blocks:
+    found = (_within(pattern, path) for path in paths)
     return Blocks((*dict.fromkeys(one[0] for one in found if one is not None), OTHER_BLOCK), pattern)
 
 
@@ -124,9 +130,17 @@ def units(component: nn.Module, found: Mapping[str, nn.Module]) -> Blocks:
     Returns:
         The parts, and behind them the layers, named as the part that they lie in and the rest of their path.
     """
-    parts = blocks(component, parts=True, paths=found)
-    layers = (_within(parts.pattern, path) for path, module in found.items() if isinstance(module, KINDS["all"]))
-    return Blocks(tuple(dict.fromkeys((*parts.names, *("".join(one) for one in layers if one is not None)))), parts.pattern)
+    layers = KINDS["all"]
+    own = tuple(path for path, module in found.items() if isinstance(module, layers))
+    return _units(_pattern(component, parts=True), tuple(found), own)
+
+
+@lru_cache(maxsize=32)  # asked with every change, of a few networks
+def _units(pattern: str, paths: tuple[str, ...], layers: tuple[str, ...]) -> Blocks:
+    """See `units`: the blocks that an expression finds in paths, of which some are of layers."""
+    parts = _blocks(pattern, paths)
+    own = (_within(pattern, path) for path in layers)
+    return Blocks(tuple(dict.fromkeys((*parts.names, *("".join(one) for one in own if one is not None)))), pattern)
 
 
 def check(target: str) -> None:

@@ -1,6 +1,6 @@
 """Real pictures of what an adapter was taught, that it never saw: what it is judged by."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data.folder import Missing, TrainingImage, scan
 from ..data.images import open_picture
 from ..data.latents import LatentCache, cache_latents
 from ..formats import Spec
+from ..generation.adapted import contains, without
 from ..training.tasks.diffusion import Examples
 from ..training.tasks.unseen import shared
 
@@ -69,7 +70,7 @@ class Gallery:
         text = " ".join(caption.split())
         text = text.removeprefix(before).removesuffix(after)
         for trigger in self.triggers:
-            text = text.replace(trigger, " ")
+            text = without(text, trigger)
         return " ".join(text.split()).strip(_MARKS)
 
     def some(self, count: int) -> list[int]:
@@ -148,7 +149,7 @@ def prompt_of(caption: str, spec: Spec) -> str:
     before, after = (text(name).strip() for name in ("caption_prefix", "caption_suffix"))
     templates = told.get("caption_template")
     first = templates[0] if isinstance(templates, list) and templates and isinstance(templates[0], str) else ""
-    called = any(trigger in plain for trigger in spec.triggers)
+    called = any(contains(plain, trigger) for trigger in spec.triggers)
     trigger = "" if called else text("trigger") or next(iter(spec.triggers), "")
     rules = CaptionRules(
         trigger=trigger,
@@ -194,6 +195,29 @@ def decoded(latents: LatentCache, pipe: Pipeline) -> list[Image.Image]:
     return [Image.fromarray(one) for one in processed]
 
 
+def in_pieces(gallery: Gallery, count: int) -> Iterator[Gallery]:
+    """Part a gallery, to hold few of its pictures at a time.
+
+    Args:
+        gallery: The pictures.
+        count: How many at a time.
+
+    Yields:
+        Galleries of so many, in order.
+    """
+    places = range(len(gallery.pictures))
+    yield from (_of_places(gallery, places[start : start + count]) for start in places[::count])
+
+
+def _of_places(gallery: Gallery, places: Sequence[int]) -> Gallery:
+    return replace(
+        gallery,
+        pictures=tuple(gallery.pictures[number] for number in places),
+        fits=tuple(gallery.fits[number] for number in places),
+        captions=tuple(gallery.captions[number] for number in places),
+    )
+
+
 def at_most(gallery: Gallery, count: int) -> Gallery:
     """Keep some pictures of a gallery, spread over all.
 
@@ -207,10 +231,4 @@ def at_most(gallery: Gallery, count: int) -> Gallery:
     total = len(gallery.pictures)
     if total <= count:
         return gallery
-    kept = [number * total // count for number in range(count)]
-    return replace(
-        gallery,
-        pictures=tuple(gallery.pictures[number] for number in kept),
-        fits=tuple(gallery.fits[number] for number in kept),
-        captions=tuple(gallery.captions[number] for number in kept),
-    )
+    return _of_places(gallery, [number * total // count for number in range(count)])

@@ -1,11 +1,14 @@
-"""Means with confidence intervals, by Student's t distribution. Imports no torch."""
+"""Means with confidence intervals, by Student's t distribution and for shares by counts too. Imports no torch."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 LEVEL = 0.95
 """The confidence of intervals."""
+KIND = "Student's t; of shares never narrower than for as many pictures by Wilson and by Clopper and Pearson"
+"""How they are found."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,36 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None, 1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     return Estimate(mean, quantile((1 + LEVEL) / 2, count - 1) * deviation / math.sqrt(count), count)
+
+
+def estimate_share(values: Sequence[float], pictures: int) -> Estimate:
+    """Estimate a share of pictures from independent values that are such shares, one a seed.
+
+    Where few pictures happen to agree, their deviation is 0 and Student's interval is empty: of four seeds of four pictures
+    of which nine in ten are told right, it misses the truth in a fifth of all cases. So it is never narrower than that of as
+    many pictures: Wilson's (1927), and where all are alike Clopper and Pearson's (1934).
+
+    Args:
+        values: One or more, from 0 to 1.
+        pictures: How many each is a share of, 1 or more.
+
+    Returns:
+        The mean, and the larger half interval.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    found, count = estimate(values), len(values) * pictures
+    if found.half is None or not math.isfinite(found.mean):
+        return found
+    if found.mean in (0.0, 1.0):
+        least = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+    else:
+        z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+        spread = math.sqrt(found.mean * (1 - found.mean) / count + (z / (2 * count)) ** 2)
+        # Wilson's interval lies nearer to one half than the mean does; from the mean its farther end counts.
+        least = (z * spread + abs(found.mean - 0.5) * z * z / count) / (1 + z * z / count)
+    return Estimate(found.mean, max(found.half, least), found.count)
 
 
 def quantile(share: float, freedom: int) -> float:

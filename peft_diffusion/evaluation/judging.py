@@ -118,6 +118,16 @@ class Verdicts:
         """What the judge sees in the texts, which are the same for each row."""
         return read(self.taught.judge, self.texts)
 
+    @cached_property
+    def asked(self) -> Sequence[int]:
+        """The places of the pictures in a row whose subject is known."""
+        return [place for place, words in enumerate(self.words) if self.taught.subjects.knows(words)]
+
+    @property
+    def counted(self) -> Mapping[str, int]:
+        """Of how many pictures of a row each measure of `of` and of `Copies` is a share."""
+        return {**dict.fromkeys(("style", "named", "prompt", "copies"), len(self.words)), "subject": len(self.asked)}
+
     def of(self, row: Sequence[Image.Image], told: Sequence[str] | None = None) -> dict[str, float]:
         """Judge the pictures of a seed.
 
@@ -136,9 +146,8 @@ class Verdicts:
         called, names = self.taught.known_as(self.name), judge.names(row)
         if called is not None and names is not None:
             found["named"] = share([one == called for one in names])
-        asked = [place for place, words in enumerate(self.words) if known.knows(words)]
-        if asked and len(known.points) > 1:
-            found["subject"] = share(known.right(points[asked], [self.words[place] for place in asked]))
+        if self.asked and len(known.points) > 1:
+            found["subject"] = share(known.right(points[self.asked], [self.words[place] for place in self.asked]))
         own = right_words(points, self.words, self.read)
         if own:
             found["prompt"] = share(own)
@@ -230,19 +239,18 @@ class Copies:
     unseen: Tensor
 
     @classmethod
-    def of(cls, judge: Judge, trained: Sequence[Image.Image], unseen: Sequence[Image.Image]) -> "Copies":
+    def of(cls, judge: Judge, trained: Tensor, unseen: Sequence[Image.Image]) -> "Copies":
         """Measure how near real pictures come that cannot be copies.
 
         Args:
             judge: Who judges.
-            trained: The training pictures.
+            trained: What `Judge.marks` sees of the training pictures.
             unseen: Real pictures of the same kind that were not trained on.
 
         Returns:
             What finds copies.
         """
-        known = judge.marks(trained)
-        return cls(judge, known, judge.apart(judge.marks(unseen), known).amin(1))
+        return cls(judge, trained, judge.apart(judge.marks(unseen), trained).amin(1))
 
     def __call__(self, row: Sequence[Image.Image]) -> dict[str, float]:
         """Measure pictures.

@@ -9,7 +9,8 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -17,7 +18,8 @@ from ..core import files
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
 from ..core.files import if_address, written_aside
-from ..core.parsing import json_value, number, refusing
+from ..core.parsing import json_value, number, refuse_halves, refusing
+from ..core.recent import Recent
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +55,50 @@ _LEGACY_START, _LEGACY_END = 0x100000, 0x110000  # the bytes of a file that kohy
 
 
 class Entry(NamedTuple):
-    """A tensor as the header describes it; ``start`` and ``end`` are bytes from the beginning of the file."""
+    """A tensor as the header describes it; ``start`` and ``end`` are bytes from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+class Run(NamedTuple):
+    """Tensors of one dtype that follow one another in a file, from and to so many bytes from the end of its header."""
+
+    dtype: str
+    start: int
+    end: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What a header says of tensors. Files of one shape share it, and so it stands for what is found out of that.
+
+    Attributes:
+        tensors: By name.
+        size: Bytes of all.
+    """
+
+    tensors: Mapping[str, Entry]
+    size: int
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All tensors, in the order in which they lie."""
+        ordered = sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].end))
+        runs = [list(run) for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
+        return tuple(Run(run[0][1].dtype, run[0][1].start, run[-1][1].end, tuple(name for name, _ in run)) for run in runs)
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """The run of each tensor, and how many numbers are before it there, by name."""
+        return {
+            name: (number, (self.tensors[name].start - run.start) // _BYTES[run.dtype])
+            for number, run in enumerate(self.runs)
+            for name in run.names
+        }
 
 
 @dataclass(frozen=True)
@@ -71,6 +111,8 @@ class Header:
         tensors: By name.
         size: Of the whole file, in bytes.
         stamp: Size, time of the last change (ns) and inode of the file that was read: see `stamp_of`.
+        begin: Where the first tensor begins, in bytes; 0 for a pickle.
+        listing: What it says of the tensors, as the file calls them; None for a pickle.
     """
 
     path: Path
@@ -78,6 +120,8 @@ class Header:
     tensors: Mapping[str, Entry]
     size: int
     stamp: tuple[int, int, int] = (0, 0, 0)
+    begin: int = 0
+    listing: Listing | None = field(default=None, repr=False, compare=False)
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
@@ -131,14 +175,48 @@ def read_header(path: Path) -> Header:
             raise UserError(f"{path} is truncated: its header has {length} bytes, the file {size}")
         text = file.read(length)
     with refusing(f"{path} is no safetensors file: its header cannot be read"):
-        header = json_value(text.decode("utf-8"))
-        metadata = header.pop("__metadata__", {})
+        metadata, rest = _parted(text.decode("utf-8"))
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata holds other things than strings")
-        tensors = {name: _entry(value, 8 + length) for name, value in header.items()}
-    _check_names(path, tensors)
-    _check_offsets(path, tensors, 8 + length, size)
-    return Header(path, metadata, tensors, size, stamp)
+        known = _listings.get(rest)
+        tensors = {name: _entry(value) for name, value in json_value(rest).items()} if known is None else known.tensors
+    if known is None or known.size != size - 8 - length:
+        _check_names(path, tensors)
+        _check_offsets(path, tensors, 8 + length, size)
+        known = Listing(tensors, size - 8 - length)
+        if len(rest) <= _KEPT_HEADER:
+            _listings.put(rest, known)
+    return Header(path, metadata, known.tensors, size, stamp, 8 + length, known)
+
+
+_KEPT_HEADER = 2_000_000  # letters
+_listings: Recent[str, Listing] = Recent(32)  # most files of a base are of a few shapes
+_METADATA = "__metadata__"
+
+
+def _parted(text: str) -> tuple[dict[str, Any], str]:
+    """A header as metadata, and as JSON of the rest, which files of one shape have in common. Raises ValueError."""
+    metadata, rest = _metadata_first(text)
+    if f'"{_METADATA}"' not in rest and "\\u" not in rest:  # by whatever spelling
+        return metadata, rest
+    header = json_value(text)
+    metadata = header.pop(_METADATA, {})
+    return metadata, json.dumps(header)
+
+
+def _metadata_first(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata that stand before tensors, as everybody writes them, and the header without; none of another header."""
+    start = f'{{"{_METADATA}":'
+    if text.startswith(start):
+        try:
+            metadata, end = json.JSONDecoder().raw_decode(text, len(start))
+        except (ValueError, RecursionError):
+            return {}, text
+        refuse_halves(text[:end], metadata)
+        rest = text[end:].strip()
+        if rest == "}" or rest.startswith(',"'):
+            return metadata, "{" + rest.removeprefix(",")
+    return {}, text.strip()
 
 
 def read_tensors(header: Header) -> dict[str, "Tensor"]:
@@ -211,17 +289,27 @@ class Data:
             UserError: One holds NaN or infinity.
         """
         found: dict[str, Tensor] = {}
-        whole = True
-        for run in self._runs():
-            entries = [one for _, one in run]
-            numbers = self._run(entries)
-            whole = whole and numbers.is_floating_point() and numbers.itemsize > 1 and is_finite(numbers)
-            size = numbers.itemsize
-            parts = numbers.split([(one.end - one.start) // size for one in entries])
-            for (name, one), part in zip(run, parts, strict=True):
+        entries = self._listing.tensors
+        for run, numbers in zip(self._listing.runs, self._numbers_of, strict=True):
+            own = [entries[name] for name in run.names]
+            parts = numbers.split([(one.end - one.start) // numbers.itemsize for one in own])
+            for name, one, part in zip(run.names, own, parts, strict=True):
                 found[name] = part.view(one.shape)
-        tensors = {name: found[name] for name in self._header.tensors}
-        return tensors if whole else _usable(self._header.path, tensors)
+        tensors = {name: found[name] for name in entries}
+        return tensors if self._is_whole else _usable(self._header.path, tensors)
+
+    def flats(self) -> list["Tensor"]:
+        """Give the numbers of each run of the header's listing.
+
+        Returns:
+            Flat tensors, as the file holds them; they share the memory of the bytes.
+
+        Raises:
+            UserError: As `tensors`.
+        """
+        if not self._is_whole:
+            self.tensors()
+        return self._numbers_of
 
     def digests(self) -> tuple[str, str]:
         """Digest the file.
@@ -233,17 +321,31 @@ class Data:
         whole.update(data)
         return whole.hexdigest(), hashlib.sha256(data).hexdigest()
 
-    def _runs(self) -> list[list[tuple[str, Entry]]]:
-        """Tensors of one dtype that follow one another."""
-        ordered = sorted(self._header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
-        return [list(run) for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
+    @property
+    def _listing(self) -> Listing:
+        found = self._header.listing
+        if found is None:
+            raise TypeError(f"{self._header.path} is no safetensors file")
+        return found
 
-    def _run(self, entries: list[Entry]) -> "Tensor":
-        kind, start, end = torch_dtype(entries[0]), entries[0].start - len(self._head), entries[-1].end - len(self._head)
-        data = self._numbers[start:end]
-        if start % kind.itemsize:  # written after tensors of narrower numbers
+    @cached_property
+    def _numbers_of(self) -> list["Tensor"]:
+        """The numbers of each run."""
+        return [self._run(run) for run in self._listing.runs]
+
+    def _run(self, run: Run) -> "Tensor":
+        kind = torch_dtype(run)
+        data = self._numbers[run.start : run.end]
+        if run.start % kind.itemsize:  # written after tensors of narrower numbers
             data = data.clone()
         return data.view(kind)
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether nothing has to be refused or converted."""
+        return all(
+            not numbers.is_floating_point() or (numbers.itemsize > 1 and is_finite(numbers)) for numbers in self._numbers_of
+        )
 
 
 class Stored(Mapping[str, "Tensor"]):
@@ -268,7 +370,7 @@ class Stored(Mapping[str, "Tensor"]):
         """Read a tensor, as `read_tensors` gives it. Raises UserError where it holds NaN or infinity, or cannot be read."""
         entry = self._header.tensors[name]
         with refusing(f"{self._header.path} cannot be read"), self._header.path.open("rb") as file:
-            file.seek(entry.start)
+            file.seek(self._header.begin + entry.start)
             data = bytearray(entry.end - entry.start)
             if file.readinto(data) != len(data):
                 raise UserError(f"{self._header.path} ends within tensor {name}")
@@ -306,11 +408,11 @@ def _tensor(data: bytearray, entry: Entry) -> "Tensor":
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
 
 
-def torch_dtype(entry: Entry) -> "torch.dtype":
+def torch_dtype(entry: Entry | Run) -> "torch.dtype":
     """Tell the dtype that a tensor of a file has in torch.
 
     Args:
-        entry: The tensor.
+        entry: The tensor, or several of one dtype.
 
     Returns:
         The dtype.
@@ -443,14 +545,13 @@ def rewrite(header: Header, metadata: Mapping[str, str], path: Path) -> None:
         UserError: The file changed since its header was read, or cannot be written.
     """
     refuse_changed(header)
-    begin = min((entry.start for entry in header.tensors.values()), default=header.size)
     entries = {
-        name: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [one.start - begin, one.end - begin]}
+        name: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [one.start, one.end]}
         for name, one in header.tensors.items()
     }
     with written_aside(path) as aside, aside.open("wb") as file, header.path.open("rb") as source:
         file.write(_header_bytes(entries, metadata))
-        source.seek(begin)
+        source.seek(header.begin)
         shutil.copyfileobj(source, file, 1 << 20)
 
 
@@ -601,17 +702,17 @@ def read_scalars(header: Header, names: Iterable[str]) -> dict[str, float | None
         The value of each; None for a tensor of more than one element, or of a type that is not known.
     """
     with header.path.open("rb") as file:
-        return {name: _scalar(file, header.tensors[name]) for name in names}
+        return {name: _scalar(file, header.begin, header.tensors[name]) for name in names}
 
 
-def _scalar(file: BinaryIO, entry: Entry) -> float | None:
+def _scalar(file: BinaryIO, begin: int, entry: Entry) -> float | None:
     formats = {
         "F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
         "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
     }  # fmt: skip
     if math.prod(entry.shape) != 1 or entry.dtype not in _BYTES:
         return None
-    file.seek(entry.start)
+    file.seek(begin + entry.start)
     data = file.read(entry.end - entry.start)
     if entry.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
@@ -622,26 +723,26 @@ def _scalar(file: BinaryIO, entry: Entry) -> float | None:
     return float(struct.unpack(formats[entry.dtype], data)[0])
 
 
-def _entry(value: Any, offset: int) -> Entry:
+def _entry(value: Any) -> Entry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
     if not all(type(size) is int and size >= 0 for size in (*shape, start, end)):
         raise TypeError("a size that is no number")
-    return Entry(str(value["dtype"]), shape, offset + start, offset + end)
+    return Entry(str(value["dtype"]), shape, start, end)
 
 
 def _check_offsets(path: Path, tensors: Mapping[str, Entry], begin: int, size: int) -> None:
     """Tensors must follow one another without gap or overlap to the end of the file."""
-    position = begin
+    position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.end > size:
-            raise UserError(f"{path} is truncated: tensor {name} ends at byte {entry.end}, the file has {size}")
+        if begin + entry.end > size:
+            raise UserError(f"{path} is truncated: tensor {name} ends at byte {begin + entry.end}, the file has {size}")
         expected = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
         if entry.dtype not in _BYTES or entry.start != position or entry.end - entry.start != expected:
             raise UserError(f"{path}: tensor {name} does not lie where the header says; the file is damaged")
         position = entry.end
-    if position != size:
-        raise UserError(f"{path}: {size - position} bytes belong to no tensor; the file is damaged")
+    if begin + position != size:
+        raise UserError(f"{path}: {size - begin - position} bytes belong to no tensor; the file is damaged")
 
 
 def _check_names(path: Path, tensors: Mapping[str, Entry]) -> None:

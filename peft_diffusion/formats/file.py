@@ -16,7 +16,7 @@ from ..bases import family as families
 from ..bases.base import AnyBase
 from ..core import site as sites
 from ..core import targets
-from ..core.adapter import Adapter, StoredPair, chained
+from ..core.adapter import Adapter, Described, PairForm, Piece, StoredPair, chained
 from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import at_home, write_bytes
 from ..core.merge import dense_weight
@@ -312,19 +312,19 @@ def load(
     """
     found = source if isinstance(source, Plan) else plan(source)
     bound = bind(found, pipe)
-    tensors = found.stored() if aside is not None else found.tensors(keep=not build, pinned=pinned)
+    data = None if aside is not None or found.loaded is not None else found.data(keep=not build, pinned=pinned)
     modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
     if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
         _tables.forget()
         bound = bind(found, pipe)
+    stored = bound.stored(modules, data) if aside is None and not build else {}
+    tensors: Mapping[str, Tensor] = {}
+    left = _left(bound, stored)
+    if left:
+        tensors = found.stored() if data is None else data.tensors()
     built: dict[str, dict[str, Adapter]] = {}
-    stored: dict[str, dict[str, StoredPair]] = {}
     learned: dict[str, set[str]] = {}
-    for (component, path), site in bound.sites.items():
-        pair = None if build else _stored(site, modules[component].get(path), tensors)
-        if pair is not None:
-            stored.setdefault(component, {})[path] = pair
-            continue
+    for component, path in left:
         adapter = bound.build(component, path, tensors)
         if adapter is not None:
             _put_aside(adapter, aside)
@@ -335,12 +335,19 @@ def load(
     if strict:
         refuse_leftovers(found.path, bound.left)
     report = Coverage(
-        len(tensors) - len(bound.left),
+        len(found.header.tensors) - len(bound.left),
         sum(len(one) for one in built.values()) + sum(len(one) for one in stored.values()),
         tuple(bound.left),
     )
     warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
     return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left)
+
+
+def _left(bound: "Bound", stored: Mapping[str, Mapping[str, StoredPair]]) -> "list[tuple[str, str]]":
+    """The sites of which a file's pairs are not all."""
+    if sum(map(len, stored.values())) == len(bound.sites):
+        return []
+    return [(component, path) for component, path in bound.sites if path not in stored.get(component, ())]
 
 
 def _put_aside(adapter: Adapter, aside: Callable[[Tensor], Tensor] | None) -> None:
@@ -369,12 +376,13 @@ def bind(found: Plan, pipe: AnyBase) -> "Bound":
     key = (id(found.sites), *map(id, parts.values()))
     known = _tables.get(key)
     if known is not None and known.holds(found, parts):
-        return Bound(found, pipe, parts, known.sites, found.unread)
+        return Bound(found, pipe, parts, known.sites, found.unread, known.forms)
     bound, left = _bound(found, parts)
     sites_of = {(one.component, one.path): one for one in bound}
+    table = _Table(found.sites, {name: weakref.ref(part) for name, part in parts.items()}, sites_of)
     if left == found.unread:
-        _tables.put(key, _Table(found.sites, {name: weakref.ref(part) for name, part in parts.items()}, sites_of))
-    return Bound(found, pipe, parts, sites_of, left)
+        _tables.put(key, table)
+    return Bound(found, pipe, parts, sites_of, left, table.forms)
 
 
 @dataclass(frozen=True)
@@ -387,10 +395,74 @@ class _Table:
     planned: Mapping[str, Mapping[str, SitePlan]]
     parts: "Mapping[str, weakref.ref[nn.Module]]"
     sites: "Mapping[tuple[str, str], _Site]"
+    forms: "Recent[container.Listing, _Forms]" = field(default_factory=lambda: Recent(4))
 
     def holds(self, found: Plan, parts: Mapping[str, nn.Module]) -> bool:
         """Whether these are the same plan and components."""
         return found.sites is self.planned and {name: one() for name, one in self.parts.items()} == dict(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a file holds the pair of a site, and where: the run of each matrix, and how many numbers are before it there.
+
+    Attributes:
+        path: Of the site.
+        form: Of the pair.
+        module: The site, which the form was found for.
+        kind: Its class without adapters.
+        down: Where ``down`` is.
+        up: Where ``up`` is.
+        alpha: Which of the numbers in tensors is the pair's; None for none.
+    """
+
+    path: str
+    form: PairForm
+    module: "weakref.ref[nn.Module]"
+    kind: type[nn.Module]
+    down: tuple[int, int]
+    up: tuple[int, int]
+    alpha: int | None
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """The pairs that stay as a file holds them, by component, and where the numbers are that scales are made of."""
+
+    sites: Mapping[str, Sequence[_Form]]
+    numbers: Sequence[tuple[int, int]]
+
+    def hold(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> bool:
+        """Whether these are still the modules that they were found for."""
+        return all(
+            (module := modules[component].get(one.path)) is one.module() and isinstance(module, one.kind)
+            for component, own in self.sites.items()
+            for one in own
+        )
+
+    def pairs(self, flats: Sequence[Tensor]) -> dict[str, dict[str, StoredPair]]:
+        """What a file holds, by component and path, without pairs whose number is none."""
+        numbers = _numbers(flats, self.numbers)
+        found: dict[str, dict[str, StoredPair]] = {}
+        for component, own in self.sites.items():
+            pairs = found[component] = {}
+            for one in own:
+                form, (run, start), (other, above) = one.form, one.down, one.up
+                number = form.constant if one.alpha is None else numbers[one.alpha]
+                scale = form.scale(number, form.down_shape[0])
+                if scale is not None:
+                    down, up = Piece(flats[run], start), Piece(flats[other], above)
+                    pairs[one.path] = StoredPair(form, down, up, number, scale)
+        return found
+
+
+def _numbers(flats: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> list[float]:
+    """Single numbers, with one look at each run."""
+    by_run: dict[int, list[int]] = {}
+    for run, start in places:
+        by_run.setdefault(run, []).append(start)
+    found = {run: iter(flats[run][torch.tensor(starts)].tolist()) for run, starts in by_run.items()}
+    return [float(next(found[run])) for run, _ in places]
 
 
 _tables: Recent[tuple[int, ...], _Table] = Recent(32)
@@ -413,6 +485,62 @@ class Bound:
     parts: Mapping[str, nn.Module]
     sites: "Mapping[tuple[str, str], _Site]"
     left: Mapping[str, str]
+    _known: "Recent[container.Listing, _Forms]"
+
+    def stored(
+        self, modules: Mapping[str, Mapping[str, nn.Module]], data: container.Data | None
+    ) -> dict[str, dict[str, StoredPair]]:
+        """Take the pairs of a file as it holds them.
+
+        Args:
+            modules: Those of the components with sites, by component and path.
+            data: The bytes of the file; None for a pickle, whose tensors the plan has.
+
+        Returns:
+            Those of sites with nothing but a pair of low rank, by component and path.
+
+        Raises:
+            UserError: The file holds NaN or infinity.
+        """
+        listing = self.plan.header.listing
+        if data is None or listing is None:
+            tensors = self.plan.stored()
+            told = {name: Described(one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+            places = {name: (number, 0) for number, name in enumerate(told)}
+            return self._forms(modules, told, places).pairs([one.reshape(-1) for one in tensors.values()])
+        flats = data.flats()
+        forms = self._known.get(listing)
+        if forms is None or not forms.hold(modules):
+            entries = listing.tensors.items()
+            told = {name: Described(container.torch_dtype(one), one.shape) for name, one in entries}
+            forms = self._forms(modules, told, listing.places)
+            self._known.put(listing, forms)
+        return forms.pairs(flats)
+
+    def _forms(
+        self,
+        modules: Mapping[str, Mapping[str, nn.Module]],
+        told: Mapping[str, Described],
+        places: Mapping[str, tuple[int, int]],
+    ) -> _Forms:
+        """Find the pairs among what a header tells of tensors."""
+        found: dict[str, list[_Form]] = {}
+        numbers: list[tuple[int, int]] = []
+        for (component, path), site in self.sites.items():
+            names, module = site.plan.simple, modules[component].get(path)
+            if names is None or module is None or isinstance(getattr(module, "base_layer", None), nn.Module):
+                continue
+            own = {suffix: told[name] for suffix, name in names.items()}
+            form = site.plan.methods[0].stored(module, own, site.plan.constants)
+            if form is None:
+                continue
+            alpha = None if form.alpha is None else len(numbers)
+            if form.alpha is not None:
+                numbers.append(places[names[form.alpha]])
+            down, up = places[names[form.down]], places[names[form.up]]
+            kind = sites.base_class(module)
+            found.setdefault(component, []).append(_Form(path, form, weakref.ref(module), kind, down, up, alpha))
+        return _Forms(found, numbers)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -580,14 +708,6 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     """Methods in the order in which the spec says that they run."""
     order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
-
-
-def _stored(site: _Site, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> StoredPair | None:
-    """The pair of a site as the file holds it; None where it has to be built."""
-    names = site.plan.simple
-    if names is None or module is None or isinstance(getattr(module, "base_layer", None), nn.Module):
-        return None
-    return site.plan.methods[0].stored(module, {end: tensors[name] for end, name in names.items()}, site.plan.constants)
 
 
 def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: AnyBase) -> Adapter | None:

@@ -272,12 +272,25 @@ class Plan:
         Raises:
             UserError: As `container.read_data` and `container.Data.tensors` do.
         """
-        if self.loaded is not None:
-            return dict(self.loaded)
+        return dict(self.loaded) if self.loaded is not None else self.data(keep=keep, pinned=pinned).tensors()
+
+    def data(self, *, keep: bool = False, pinned: bool = False) -> container.Data:
+        """Read what a safetensors file holds.
+
+        Args:
+            keep: As for `tensors`.
+            pinned: As for `tensors`.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            UserError: As `container.read_data` does.
+        """
         data = container.read_data(self.header, pinned=pinned)
         if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
             self._data.append(data)
-        return data.tensors()
+        return data
 
     @property
     def size(self) -> int:

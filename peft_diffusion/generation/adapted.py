@@ -140,4 +140,21 @@ def contains(prompt: str, trigger: str) -> bool:
     Returns:
         Whether they stand in the prompt as words, in letters of any case.
     """
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None
+    return _as_words(trigger).search(prompt) is not None
+
+
+def without(prompt: str, trigger: str) -> str:
+    """Take the words that call an adapter out of a prompt.
+
+    Args:
+        prompt: The prompt.
+        trigger: Words that call it.
+
+    Returns:
+        The prompt with a space in their places, where they stand as `contains` finds them.
+    """
+    return _as_words(trigger).sub(" ", prompt)
+
+
+def _as_words(trigger: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)

@@ -237,7 +237,7 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, r
         UserError: A prompt, a list or an adapter cannot be read.
     """
     shelf, wildcards = Shelf(tuple(choices), config.adapters_dir), Wildcards(config.wildcards_dir)
-    in_regions = tuple(tuple(_in_region(text, shelf) for text in region.adapter) for region in config.region)
+    in_regions = _of_regions(config, shelf)
     rows = []
     lines = (*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file is not None else ()))
     for line in lines:
@@ -250,6 +250,27 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, r
     tags = [tag for row in rows for one in row for tag in one.all_tags]
     named = [one for one in shelf.all_of(tags) if one.key not in of_regions]
     return Order(tuple(rows), (*choices, *with_plans([*only_there, *named])), shelf, in_regions)
+
+
+def _of_regions(config: GenerateConfig, shelf: Shelf) -> tuple[tuple[Choice, ...], ...]:
+    """The adapters of each region. Raises UserError for one that a region names twice: which strength is meant?"""
+    known, found = list(shelf.given), list[tuple[Choice, ...]]()
+    for number, region in enumerate(config.region, 1):
+        own: dict[Key, Choice] = {}
+        for text in region.adapter:
+            one = _alike(_in_region(text, shelf), known)
+            if one.key in own:
+                raise UserError(f"region {number} names the adapter {one.path} twice; give it once, with its strength")
+            own[one.key] = one
+            known.append(one)
+        found.append(tuple(own.values()))
+    return tuple(found)
+
+
+def _alike(choice: Choice, known: Sequence[Choice]) -> Choice:
+    """The choice by the path by which the same file is known already: by another it would be loaded, and act, twice."""
+    same = (one for one in known if one.key[1:] == choice.key[1:] and one.path.samefile(choice.path))
+    return replace(choice, path=next((one.path for one in same), choice.path))
 
 
 def _in_region(text: str, shelf: Shelf) -> Choice:

@@ -22,6 +22,7 @@ from ..bases.taught import units
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Stop, check_stop
 from ..core.strength_schedule import ByPart
+from ..data.prompts import words_of
 from .adapted import contains
 from .regions import Area, Division, DrawnRegion
 from .sampler import Cell, probed, size
@@ -109,7 +110,7 @@ def _prompt_of(
 
 
 def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Concept]:
-    """Find the adapters that a prompt calls, and where.
+    """Find the adapters that a prompt calls, and where; the words of a trigger in a longer one of another adapter call that.
 
     Args:
         adapters: Those on the base.
@@ -123,16 +124,19 @@ def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Conc
         UserError: They are not two or more.
     """
     (tokenizer, _), *_ = telling.text.pairs
-    read = telling.text.tokenized([cell.prompt])["ids_0"][0].tolist()
-    found = []
+    read = telling.text.tokenized([words_of(cell.prompt).text])["ids_0"][0].tolist()
+    spans: dict[str, set[range]] = {}
     for name, amount in (cell.strengths or {}).items():
-        places = []
         for trigger in adapters[name].spec.triggers if amount != 0 else ():
             wanted = [one for ids in units(tokenizer, [trigger])[0] for one in ids]
             starts = [start for start in range(len(read)) if wanted and read[start : start + len(wanted)] == wanted]
-            places += [start + offset for start in starts for offset in range(len(wanted))]
+            spans.setdefault(name, set()).update(range(start, start + len(wanted)) for start in starts)
+    found = []
+    for name, own in spans.items():
+        longer = [set(one) for other, theirs in spans.items() if other != name for one in theirs]
+        places = {place for span in own if not any(set(span) < one for one in longer) for place in span}
         if places:
-            found.append(Concept(name, tuple(sorted(set(places)))))
+            found.append(Concept(name, tuple(sorted(places))))
     if len(found) < 2:
         called = f"only that of {found[0].name}" if found else "none"
         raise UserError(

@@ -10,6 +10,7 @@ from ..bases import denoiser_of
 from ..bases.base import text_encoders
 from ..bases.prompt_syntax import is_plain
 from ..bases.taught import teacher_of
+from ..core.errors import UserError
 from ..core.events import Noted, Observer, Observers, Stop
 from ..core.strength_schedule import ByPart, Schedule
 from ..data.prompts import in_words
@@ -57,9 +58,19 @@ class Request:
         """Give the picture as the sampler takes it."""
         strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
         negative = self.sampling.negative if self.negative is None else self.negative
-        parts = tuple(DrawnRegion(Area.of(one), one.prompt, dict(map(_named, one.adapter))) for one in self.regions)
+        parts = tuple(DrawnRegion(Area.of(one), one.prompt, _all_named(one.adapter)) for one in self.regions)
         division = Division(parts, self.region_feather, self.region_isolation) if parts else None
         return Cell(self.prompt, self.seed, strengths, negative, division)
+
+
+def _all_named(texts: Sequence[str]) -> dict[str, float | ByPart]:
+    """The adapters of a region by their names. Raises UserError for one that is named twice."""
+    found: dict[str, float | ByPart] = {}
+    for name, amount in map(_named, texts):
+        if name in found:
+            raise UserError(f"a region names the adapter {name!r} twice; give it once, with the strength you want")
+        found[name] = amount
+    return found
 
 
 def _named(text: str) -> tuple[str, float | ByPart]:

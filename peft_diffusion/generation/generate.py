@@ -39,6 +39,7 @@ from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .kept import Kept
+from .learned import tell_base
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
@@ -192,6 +193,7 @@ def draw(
     ):
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
+        tell_base(adapters, config.compose_file, tell)
         factors = _factors(adapters, names, asked, config, stop) if config.calibrate else {}
         with spared(adapters, config):
             jobs = [_job(adapters, names, asked, group, source, factors, tell, stop) for group in asked.groups]
@@ -304,9 +306,10 @@ class _Job:
 
 
 def _factors(adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, stop: Stop) -> dict[str, float]:
-    """What strengths are multiplied by for equal ones to change the predictions of these prompts as much."""
+    """What strengths are multiplied by for equal ones, in the parts and over the steps that are said, to do as much."""
     cells = [Cell(one.prompt, one.seed, None, one.negative) for one in asked.pictures]
-    return calibrated(adapters, dict.fromkeys(names, 1.0), cells, config, stop).factors
+    amounts = {name: replace(choice, strength=1.0).amount for name, choice in zip(names, asked.choices, strict=True)}
+    return calibrated(adapters, amounts, cells, config, stop).factors
 
 
 def _job(
@@ -427,7 +430,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["compose"] = None if sampling.meets == "add" else sampling.meets
+    found["compose"] = None if sampling.composition == "add" else sampling.composition
     file = sampling.compose_file
     found["compose_file"] = None if file is None else UsedPicture(str(file), sha256(file))
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)

@@ -92,6 +92,21 @@ class Area:
 
         return along(box[1], box[3], height)[:, None] * along(box[0], box[2], width)
 
+    def shared(self, width: int, height: int) -> "Area":
+        """Say a box in shares of the sides, so that it is the same part of a larger picture, as of a second pass.
+
+        Args:
+            width: Of the picture that its pixels are of.
+            height: Of the same.
+
+        Returns:
+            The area, with what of a box lies outside of the picture cut off.
+        """
+        if self.box is None or max(self.box) <= 1:
+            return self
+        sides = (width, height) * 2
+        return replace(self, box=tuple(min(1.0, one / side) for one, side in zip(self.box, sides, strict=True)))
+
     def text(self) -> str:
         """Write it for a recipe, which holds masks too.
 
@@ -175,6 +190,25 @@ class Division:
     parts: tuple[DrawnRegion, ...]
     feather: float = FEATHER
     isolation: float = ISOLATION
+
+    def on(self, width: int, height: int) -> "Division":
+        """Say where regions are in shares of a picture, so that they are there in every pass.
+
+        Args:
+            width: Of the picture as it is drawn first, in pixels.
+            height: The same.
+
+        Returns:
+            The same regions.
+
+        Raises:
+            UserError: A region holds nothing of the picture.
+        """
+        for number, part in enumerate(self.parts, 1):
+            if not bool(part.area.coverage(width, height).any()):
+                where = "its mask is black" if part.area.box is None else f"box={part.area.text()} lies outside"
+                raise UserError(f"region {number} holds nothing of a picture of {width}x{height}: {where}")
+        return replace(self, parts=tuple(replace(part, area=part.area.shared(width, height)) for part in self.parts))
 
     def worded(self, prompts: Iterator[str]) -> "Division":
         """Give regions other prompts, each that has one.

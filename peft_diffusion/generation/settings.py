@@ -484,7 +484,7 @@ class Sampling(NamesAdapters):
         return _STEPS if self.steps is None else self.steps
 
     @property
-    def meets(self) -> Compose:
+    def composition(self) -> Compose:
         """How several adapters meet."""
         return self.compose if self.compose_file is None else LEARNED
 
@@ -510,7 +510,7 @@ class Sampling(NamesAdapters):
         Raises:
             UserError: There are too few or too many.
         """
-        COMPOSITIONS[self.meets].check(adapters)
+        COMPOSITIONS[self.composition].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
@@ -659,9 +659,28 @@ class GenerateConfig(Sampling):
             check_text(self.negative)
             self._check_source()
         if self.region or self.regions == "auto":
-            check_compose(self.meets)
+            check_compose(self.composition)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
+        if self.calibrate and self.composition == LEARNED:
+            raise UserError(
+                "--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away"
+            )
+
+    def check_composed(self, adapters: int) -> None:
+        """See that there is something to compose, and to compare.
+
+        Args:
+            adapters: How many there are.
+
+        Raises:
+            UserError: There are too few or too many.
+        """
+        super().check_composed(adapters)
+        if self.calibrate and adapters < 2:
+            raise UserError(
+                f"--calibrate compares adapters, and there is {adapters or 'none'}; give two or more, or leave it away"
+            )
 
     def _check_source(self) -> None:
         if self.image is not None and self.hires is not None:
@@ -685,6 +704,9 @@ class GenerateConfig(Sampling):
         self.controls()
         for region in self.region:
             region.check()
+        divided = bool(self.region) or self.regions == "auto" or self.recipe is not None
+        if not divided and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
+            raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -727,14 +749,15 @@ class BlendConfig(Sampling):
     )
     plain: bool = setting(
         False,
-        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% both change the network's "
-        "predictions of these prompts as much, which a few more steps measure.",
+        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% pictures are as far from "
+        "those of the one alone as from those of the other, which rows of nine pictures of eight steps measure first.",
         PARAMETERS,
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
     report: OptionalPath = setting(
         None,
-        "Also write how the adapters meet, layer by layer, into this file: .json, or .png, .svg or .pdf for heat maps.",
+        "Also write what adapters change and share, layer by layer, into this file: .json, or .png, .svg or .pdf for heat "
+        "maps.",
         PARAMETERS,
     )
     seed: int = setting(0, "The noise that every picture of the sheet starts from.", PARAMETERS, SEEDS)

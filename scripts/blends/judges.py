@@ -73,6 +73,12 @@ class StyleJudge:
         nearer: Tensor = (points - self.means[one]).norm(dim=1) < (points - self.means[other]).norm(dim=1)
         return nearer
 
+    def nearest(self, points: Tensor) -> list[str]:
+        """The style, of all that are known, that each picture is nearest to."""
+        names = list(self.means)
+        places = torch.cdist(points, torch.stack([self.means[name] for name in names])).argmin(1)
+        return [names[place] for place in places.tolist()]
+
     def trust(self, one: str, other: str) -> float:
         """The share of real drawings, unknown to the judge, that are told right of two styles."""
         right = (

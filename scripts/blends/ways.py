@@ -93,7 +93,7 @@ class Beside(Way):
 
     def load(self, adapters: "Adapters", pair: Pair, folder: Path) -> Strengths | None:
         """Load the first, and what was trained beside it."""
-        file = folder / f"{pair.second}-beside-{pair.first}.safetensors"
+        file = folder / f"{beside_name(pair)}.safetensors"
         if not file.exists():
             return None
         adapters.load(folder / f"{pair.first}.safetensors", name=pair.first)
@@ -116,6 +116,11 @@ class Merged(Way):
     def how(self) -> str:
         """How ``merge`` does it."""
         return self.name.removeprefix("merge ")
+
+
+def beside_name(pair: Pair) -> str:
+    """What the second is called where it was trained beside the first."""
+    return f"{pair.second}-beside-{pair.first}"
 
 
 def merged_file(folder: Path, pair: Pair, how: str, share: float) -> Path:

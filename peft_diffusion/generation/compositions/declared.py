@@ -12,7 +12,7 @@ from ...core.strength_schedule import ByPart
 if TYPE_CHECKING:
     from ...bases.prompts import Encoding
     from ...core.learned_strengths import LearnedStrengths
-    from ...formats.composition import Composition as File
+    from ...formats.composition import CompositionSpec
     from ..adapters import Adapters
     from ..sampler import Cell
 
@@ -67,7 +67,7 @@ class Drawing:
         return replace(self, steps=steps)
 
     @property
-    def learned(self) -> "tuple[File, LearnedStrengths]":
+    def learned(self) -> "tuple[CompositionSpec, LearnedStrengths]":
         """What the file says of itself, and what it holds. Raises UserError where there is none, or it is damaged."""
         from ...formats import composition
 

@@ -11,7 +11,7 @@ from .declared import Composition, Drawing, used
 
 if TYPE_CHECKING:
     from ...core.learned_strengths import LearnedStrengths
-    from ...formats.composition import Composition as File
+    from ...formats.composition import CompositionSpec
     from ..sampler import Cell
 
 
@@ -52,12 +52,12 @@ class Learned(Composition):
         return found
 
 
-def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawing) -> list[str]:
+def members(file: "CompositionSpec", names: "Mapping[str, float | ByPart]", drawing: Drawing) -> list[str]:
     """Find the adapters of a composition among those on a base, by the digests of their files.
 
     Args:
         file: The composition.
-        names: What adapters are called on the base.
+        names: What adapters of the row are called, which are looked at first; one that it leaves out is off.
         drawing: What is drawn with.
 
     Returns:
@@ -66,7 +66,8 @@ def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawin
     Raises:
         UserError: One is not there.
     """
-    by_digest = {drawing.adapters[name].sha256: name for name in names}
+    there = (*drawing.adapters.names, *drawing.adapters.waiting, *names)
+    by_digest = {drawing.adapters[name].sha256: name for name in there}
     for member in file.adapters:
         if member.sha256 not in by_digest:
             raise UserError(f"{file.path} composes {member.file}, which is not loaded, or another file of that name is")
@@ -74,7 +75,7 @@ def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawin
 
 
 def _over_steps(
-    file: "File", learned: "LearnedStrengths", cell: "Cell", drawing: Drawing
+    file: "CompositionSpec", learned: "LearnedStrengths", cell: "Cell", drawing: Drawing
 ) -> Sequence[Sequence[Sequence[float]]]:
     """What was learned, by adapter, block and step."""
     import torch

@@ -24,7 +24,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Adapter, Site, StoredPair
+    from ...core.adapter import Adapter, Described, PairForm, Site
     from .adapter import LoraAdapter
     from .embedding import EmbeddingLora
     from .extended import ExtendedLora
@@ -160,13 +160,13 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         return extended(site, read_pair(site, tensors), tensors)
 
     @classmethod
-    def stored(cls, site: "Site", tensors: Mapping[str, "Tensor"], constants: Mapping[str, float]) -> "StoredPair | None":
+    def stored(cls, site: "Site", tensors: "Mapping[str, Described]", constants: Mapping[str, float]) -> "PairForm | None":
         """A plain pair at a Linear or a convolution."""
         if not tensors.keys() <= _PLAIN or not constants.keys() <= {ALPHA}:
             return None
         from .adapter import stored
 
-        return stored(site, tensors.get(DOWN), tensors.get(UP), tensors.get(ALPHA, constants.get(ALPHA, 0.0)))
+        return stored(site, tensors, constants.get(ALPHA, 0.0))
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:

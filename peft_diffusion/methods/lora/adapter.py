@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.adapter import Adapter, Factors, LowRank, Site, StoredPair, float32_parameter
+from ...core.adapter import Adapter, Described, Factors, LowRank, PairForm, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.reduction import Truncation, reduced
@@ -118,38 +118,47 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
 
 
-def stored(site: Site, down: Tensor | None, up: Tensor | None, alpha: Tensor | float) -> StoredPair | None:
-    """Take a pair as a file holds it.
+def stored(site: Site, tensors: Mapping[str, Described], constant: float) -> PairForm | None:
+    """Say how a file holds a pair.
 
     Args:
         site: The module that it will sit on.
-        down: (rank, in, ...), which may lack or have sizes of 1 behind the inputs.
-        up: (out, rank), likewise.
-        alpha: Of the pair; 0 means the rank.
+        tensors: ``down`` (rank, in, ...), which may lack or have sizes of 1 behind the inputs, ``up`` (out, rank), likewise,
+            and alpha, by suffix.
+        constant: Alpha, where it is no tensor; 0 means the rank.
 
     Returns:
-        The pair; None where there is something about it that `read_pair` has to see to, or to refuse.
+        The form; None where there is something about the pair that `read_pair` has to see to, or to refuse.
     """
-    if down is None or up is None or {down.dtype, up.dtype} - _EXACT or min(down.numel(), up.numel()) < 2 or up.ndim < 2:
+    pair, alpha = [tensors[end] for end in (DOWN, UP) if end in tensors], tensors.get(ALPHA)
+    if len(pair) < 2 or {one.dtype for one in pair} - _EXACT or (alpha is not None and math.prod(alpha.shape) != 1):
+        return None
+    down, up = (one.shape for one in pair)
+    # Of 8 bits it is converted when it is read.
+    narrow = alpha is not None and alpha.dtype.is_floating_point and alpha.dtype.itemsize == 1
+    if narrow or min(math.prod(down), math.prod(up)) < 2 or len(up) < 2:
         return None
     convolution = isinstance(site, nn.Conv2d) and site.groups == 1 and site.padding_mode == "zeros"
     if not convolution and not isinstance(site, nn.Linear):
         return None
     outputs, *inputs = weight_shape(site)
-    (rank, *width), (rows, *ranks) = down.shape, up.shape
+    (rank, *width), (rows, *ranks) = down, up
     flat = width == inputs[:1] if len(width) < len(inputs) else width[: len(inputs)] == inputs
     if not flat or math.prod(width) != math.prod(inputs) or rows != outputs or math.prod(ranks) != rank:
         return None
-    number = float(alpha) or float(rank)
-    rounded = single(number)
-    if not math.isfinite(rounded):
-        return None
-    down, up = down if width == inputs else down.view(rank, *inputs), up if ranks == [rank] else up.view(rows, rank)
-    return StoredPair(down, up, rounded / rank, partial(_of_stored, down=down, up=up, alpha=number))
+    told = None if alpha is None else ALPHA
+    return PairForm(DOWN, UP, told, constant, (rank, *inputs), (rows, rank), _scale, _of_stored)
+
+
+@lru_cache(maxsize=1000)
+def _scale(alpha: float, rank: int) -> float | None:
+    """What a pair is multiplied with; None where that is no finite number."""
+    rounded = single(alpha or float(rank))
+    return rounded / rank if math.isfinite(rounded) else None
 
 
 def _of_stored(site: Site, down: Tensor, up: Tensor, alpha: float) -> "LoraAdapter":
-    return LoraAdapter(site, down, up, alpha, 0.0)
+    return LoraAdapter(site, down, up, alpha or float(len(down)), 0.0)
 
 
 def without_singular_values(tensors: Mapping[str, Tensor], inputs: Sequence[int]) -> dict[str, Tensor]:

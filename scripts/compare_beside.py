@@ -1,0 +1,424 @@
+"""What training an adapter beside another one does to both: their interference, and how well each draws its own style.
+
+    python -m scripts.blends.make_data --output drawings
+    python scripts/compare_beside.py --data drawings --output beside --device cuda
+
+For each seed trains the three sample styles alone, with the defaults of ``peft-diffusion train``. Then, for each two of
+them in both orders and each variant below, trains the second anew beside the first, and measures on drawings that no
+training saw
+
+- the interference, as ``evaluate`` has it: by how much the loss of each one's drawings rises when the other is on too, both
+  at strength 1, as a share of its loss alone;
+- how often a judge tells its own style of what it draws, alone and with the other on;
+
+and prints how much less each rise is than of two that were trained alone, with intervals of 95% over drawings (each the mean
+over seeds), and whether what was trained beside does worse alone. A run with the same ``--output`` goes on.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
+
+from peft_diffusion.api import train
+from peft_diffusion.bases import load_base
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.evaluation.bench import Bench
+from peft_diffusion.evaluation.drawings import pixels_of
+from peft_diffusion.evaluation.gallery import encoded, read_gallery
+from peft_diffusion.evaluation.intervals import Estimate, estimate
+from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.settings import Sampling
+from peft_diffusion.training import TrainConfig
+from peft_diffusion.training.tasks.diffusion import Examples
+from scripts.blends import judges
+from scripts.blends.make_data import SAMPLES
+from scripts.build_base.captions import with_article
+from scripts.build_base.make_samples import HELD_OUT
+from scripts.build_base.sources import icon_set
+from scripts.compare_blends import drawings, prompts_of
+from scripts.measuring import markdown_table, run
+
+ASKED = 1 / 3  # of the rise that has to go
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the second is trained beside the first: settings, and which pictures and prompts of the first's it is told.
+
+    ``beside`` is off where it is trained alone, ``prompts`` gives the captions of the first as ``--beside-prompt``, and
+    ``pictures`` the first's pictures as ``--regularisation``. ``basis`` trains the first anew too, both on parts of their
+    own of one orthogonal basis. ``onto`` trains the first anew beside the second of another variant.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    beside: bool = True
+    prompts: bool = False
+    pictures: bool = False
+    basis: bool = False
+    onto: str | None = None
+
+
+PLAIN, BOTH = "alone", "keep, dropout"
+_KEEP: dict[str, Any] = {"beside_keep": 1.0}
+_DROPOUT: dict[str, Any] = {"beside_dropout": 0.5}
+VARIANTS: Mapping[str, Variant] = {
+    PLAIN: Variant(beside=False),
+    BOTH: Variant({**_KEEP, **_DROPOUT}, prompts=True),
+    "keep": Variant(_KEEP, prompts=True),
+    "dropout": Variant(_DROPOUT),
+    "keep 3, dropout": Variant({"beside_keep": 3.0, **_DROPOUT}, prompts=True),
+    "its pictures, dropout": Variant(_DROPOUT, pictures=True),
+    "keep, dropout, orthogonal": Variant({**_KEEP, **_DROPOUT, "orthogonal": 1.0}, prompts=True),
+    "parts of a basis": Variant(beside=False, basis=True),
+    "keep, dropout, then the first": Variant({**_KEEP, **_DROPOUT}, prompts=True, onto=BOTH),
+}
+"""By name; each after what it takes files of."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and measured in one go."""
+
+    seed: int
+    first: str
+    second: str
+    variant: str
+
+    @property
+    def stem(self) -> str:
+        """Part of the names of files."""
+        return f"{self.seed}_{self.first}_{self.second}_{self.variant.replace(', ', '-').replace(' ', '-')}"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What a process measures with: a base, a judge, and the drawings of each style that nobody trained on."""
+
+    adapters: Adapters
+    judge: judges.StyleJudge
+    unseen: Mapping[str, Examples]
+
+
+def main() -> None:
+    """Train, measure, print."""
+    options, began = _options(), time.monotonic()
+    results: Path = options.output / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    if not options.only_report:
+        _caption_held(options)
+        alone = [(seed, style, options) for seed in options.seeds for style in options.styles]
+        _spread(train_alone, alone, options, began)
+        ordered = [
+            Job(seed, first, second, name)
+            for seed in options.seeds
+            for name in options.variants
+            for first, second in permutations(options.styles, 2)
+        ]
+        ordered.sort(key=lambda job: job.variant not in (PLAIN, BOTH))  # what matters most, of all seeds, before the rest
+        for last in (False, True):  # what trains onto another variant needs its files
+            jobs = [(job, options) for job in ordered if (VARIANTS[job.variant].onto is not None) == last]
+            _spread(measure_one, jobs, options, began)
+    report(options)
+
+
+def _spread(work: Any, jobs: Sequence[Any], options: argparse.Namespace, began: float) -> None:
+    """Do jobs in several processes, none of which begins one when the time is over."""
+    if not jobs:
+        return
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), options.processes), _begin, (began, options)) as pool:
+        for told in pool.imap_unordered(work, jobs, chunksize=1):
+            if told:
+                print(f"{time.monotonic() - began:6.1f} s  {told}", flush=True)
+
+
+_ENDS = [float("inf")]  # by the clock of all processes: when no job begins any more
+
+
+def _begin(began: float, options: argparse.Namespace) -> None:
+    _ENDS[0] = began + 60 * options.minutes
+    torch.set_num_threads(1)
+
+
+def _late() -> bool:
+    return time.monotonic() > _ENDS[0]
+
+
+def _caption_held(options: argparse.Namespace) -> None:
+    """Write the drawings that nobody trained on with the captions that call their style."""
+    for style in options.styles:
+        given, made = options.data / "styles" / style / "held", options.output / "held" / style
+        made.mkdir(parents=True, exist_ok=True)
+        template, rows = icon_set(SAMPLES[style]).template, []
+        for name, words in list(
+            zip(sorted(path.name for path in given.glob("*.webp")), judges.captions(given), strict=True)
+        )[: options.pictures]:
+            (made / name).write_bytes((given / name).read_bytes())
+            rows.append(json.dumps({"file_name": name, "text": template.format(with_article(words))}))
+        (made / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def train_alone(job: tuple[int, str, argparse.Namespace]) -> str:
+    """Train a style alone, where there is no file yet."""
+    seed, style, options = job
+    file = file_of(seed, style, options)
+    if file.exists() or _late():
+        return ""
+    seconds = _train(seed, style, file, options, {})
+    return f"{file.stem}: trained in {seconds:.0f} s"
+
+
+def file_of(seed: int, style: str, options: argparse.Namespace) -> Path:
+    """The file of a style that was trained alone."""
+    path: Path = options.output / "adapters" / f"{seed}_{style}.safetensors"
+    return path
+
+
+def _train(seed: int, style: str, file: Path, options: argparse.Namespace, given: Mapping[str, Any]) -> float:
+    """Train with the package's defaults, but for what is given; how long it took."""
+    began = time.monotonic()
+    more = {**({"steps": options.train_steps} if options.train_steps else {}), **given}
+    config = TrainConfig(
+        (drawings(options.data, style),),
+        output=file,
+        run_dir=options.output / "runs" / file.stem,
+        device=options.device,
+        preview_steps=0,
+        overwrite=True,
+        seed=seed,
+        **more,
+    )
+    train(config, pipe=_base(options.device))
+    return time.monotonic() - began
+
+
+@cache
+def _base(device: str) -> Any:
+    """The base that a process trains on."""
+    return load_base("icons", device=device)
+
+
+def _files(job: Job, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The files of both adapters; those that are not there yet are trained."""
+    variant, folder = VARIANTS[job.variant], options.output / "adapters"
+    first, second = file_of(job.seed, job.first, options), file_of(job.seed, job.second, options)
+    if variant.basis:
+        files = []
+        for part, style in enumerate((job.first, job.second)):
+            file = folder / f"{job.stem}_{part}.safetensors"
+            option = ("init=orthogonal", f"basis_part={part}")
+            if not file.exists():
+                _train(job.seed, style, file, options, {"option": option})
+            files.append(file)
+        return files[0], files[1]
+    if not variant.beside:
+        return first, second
+    made = folder / f"{job.stem}.safetensors"
+    if variant.onto is not None:
+        second = folder / f"{Job(job.seed, job.first, job.second, variant.onto).stem}.safetensors"
+        _train_beside(job, job.first, job.second, second, made, options)
+        return made, second
+    _train_beside(job, job.second, job.first, first, made, options)
+    return first, made
+
+
+def _train_beside(job: Job, style: str, other: str, there: Path, file: Path, options: argparse.Namespace) -> None:
+    """Train a style beside the file of another one, unless that was done."""
+    if file.exists():
+        return
+    variant, pictures = VARIANTS[job.variant], drawings(options.data, other)
+    given: dict[str, Any] = {**variant.given, "beside": (str(there),)}
+    if variant.prompts:
+        given["beside_prompt"] = tuple(prompts_of(pictures))
+    if variant.pictures:
+        given["regularisation"] = (pictures,)
+    _train(job.seed, style, file, options, given)
+
+
+@cache
+def _workbench(device: str, data: Path, held: Path, styles: tuple[str, ...]) -> Workbench:
+    pipe: Any = load_base("icons", device=device)
+    unseen = {style: encoded(read_gallery(held / style, style, pipe), pipe) for style in styles}
+    return Workbench(Adapters(pipe), judges.StyleJudge(data, torch.device(pipe.device)), unseen)
+
+
+def measure_one(job: tuple[Job, argparse.Namespace]) -> str:
+    """Train what a job needs, measure both adapters, and write what was found."""
+    one, options = job
+    path = options.output / "results" / f"{one.stem}.json"
+    if path.exists() or _late():
+        return ""
+    began = time.monotonic()
+    try:
+        files = _files(one, options)
+    except (UserError, RuntimeError) as error:  # such as too little memory: the others are not lost
+        return f"{one.stem} cannot: {error}"
+    trained = time.monotonic() - began
+    bench = _workbench(options.device, options.data, options.output / "held", tuple(options.styles))
+    found: dict[str, Any] = {"job": vars(one), "seconds": trained}
+    with _loaded(bench.adapters, one, files):
+        for side, own in (("first", one.first), ("second", one.second)):
+            for kind, amounts in (("alone", {own: 1.0}), ("both", {one.first: 1.0, one.second: 1.0})):
+                found[f"{side} {kind}"] = _measured(bench, own, amounts, options)
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return f"{one.stem}: trained in {trained:.0f} s, measured in {time.monotonic() - began - trained:.0f} s"
+
+
+@contextmanager
+def _loaded(adapters: Adapters, job: Job, files: tuple[Path, Path]) -> Iterator[None]:
+    """Both adapters on the base."""
+    try:
+        for name, file in zip((job.first, job.second), files, strict=True):
+            adapters.load(file, name=name)
+        yield
+    finally:
+        for name in adapters.names:
+            adapters.remove(name)
+
+
+def _measured(bench: Workbench, own: str, amounts: Mapping[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """The losses of a style's drawings, and for each seed the share of pictures that are told to be of the style."""
+    sampling = Sampling(steps=options.steps, batch_size=options.batch, device=options.device)
+    used = Bench(bench.adapters, sampling, tuple(range(options.noises)))
+    losses = used.losses(bench.unseen[own], amounts)
+    words = [with_article(name.replace("-", " ")) for name in HELD_OUT[: options.prompts]]
+    prompts = [icon_set(SAMPLES[own]).template.format(one) for one in words]
+    (rows,) = used.draw(prompts, [amounts])
+    told = bench.judge.nearest(bench.judge.points(pixels_of([image for row in rows for image in row])))
+    right = torch.tensor([name == own for name in told]).float().unflatten(0, (len(rows), len(prompts)))
+    return {"losses": losses, "told": right.mean(1).tolist()}
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write and print the table of all that was measured."""
+    found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for path in sorted((options.output / "results").glob("*.json")):
+        one = json.loads(path.read_text("utf-8"))
+        job = Job(**one["job"])
+        found.setdefault((job.variant, job.first, job.second), {})[job.seed] = one
+    rows, figures = [], []
+    for name in VARIANTS:
+        for first, second in permutations(options.styles, 2):
+            plain, own = found.get((PLAIN, first, second), {}), found.get((name, first, second), {})
+            seeds = sorted(set(plain) & set(own))
+            if not seeds:
+                continue
+            compared = Compared([plain[seed] for seed in seeds], [own[seed] for seed in seeds])
+            figures.append({"variant": name, "first": first, "second": second, "seeds": seeds, **compared.figures()})
+            rows.append((name, f"{second} beside {first}", *compared.words()))
+    headings = (
+        "how", "which", "the first rises by", "less", "the second rises by", "less", "the second's loss alone",
+        "told right alone, first", "second", "with the other, first", "second",
+    )  # fmt: skip
+    text = markdown_table(headings, rows)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    told = {"device": device, "settings": {name: str(value) for name, value in vars(options).items()}, "rows": figures}
+    (options.output / "figures.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (options.output / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two that go together, against the same two trained alone, of the same seeds."""
+
+    plain: Sequence[Mapping[str, Any]]
+    own: Sequence[Mapping[str, Any]]
+
+    def rises(self, several: Sequence[Mapping[str, Any]], side: str) -> list[float]:
+        """By how much the loss of each drawing rises with the other on, as a share of its loss alone."""
+        alone, both = self._losses(several, f"{side} alone"), self._losses(several, f"{side} both")
+        return [after / before - 1 for before, after in zip(alone, both, strict=True)]
+
+    @staticmethod
+    def _losses(several: Sequence[Mapping[str, Any]], part: str) -> list[float]:
+        """The loss of each drawing, as the mean over seeds."""
+        return [sum(column) / len(several) for column in zip(*(one[part]["losses"] for one in several), strict=True)]
+
+    def less(self, side: str) -> Estimate:
+        """By how much less it rises than of two that were trained alone, beyond what is asked: above 0 where it is met."""
+        pairs = zip(self.rises(self.plain, side), self.rises(self.own, side), strict=True)
+        return estimate([(1 - ASKED) * before - after for before, after in pairs])
+
+    def alone(self) -> Estimate:
+        """By how much the second's loss alone is higher than where it was trained alone, as a share."""
+        before, after = (self._losses(several, "second alone") for several in (self.plain, self.own))
+        return estimate([late / early - 1 for early, late in zip(before, after, strict=True)])
+
+    def told(self, side: str, kind: str) -> Estimate:
+        """By how much more of its pictures are told its own style than where it was trained alone, over noises and seeds."""
+        pairs = [
+            (before, after)
+            for plain, own in zip(self.plain, self.own, strict=True)
+            for before, after in zip(plain[f"{side} {kind}"]["told"], own[f"{side} {kind}"]["told"], strict=True)
+        ]
+        return estimate([after - before for before, after in pairs])
+
+    def share(self, several: Sequence[Mapping[str, Any]], side: str, kind: str) -> float:
+        """The share of its pictures that are told its own style."""
+        shares: list[float] = [share for one in several for share in one[f"{side} {kind}"]["told"]]
+        return sum(shares) / len(shares)
+
+    def words(self) -> list[str]:
+        """The cells of a row."""
+        cells = []
+        for side in ("first", "second"):
+            before, after = (estimate(self.rises(several, side)) for several in (self.plain, self.own))
+            met = self.less(side)
+            gone = f"{1 - after.mean / before.mean:.0%}" if before.low > 0 else "had none"
+            mark = "yes" if met.low > 0 else "no" if met.high < 0 else "open"
+            cells += [f"{before.mean:+.1%} to {after.mean:+.1%}", f"{gone}, {mark}"]
+        alone = self.alone()
+        cells.append(f"{alone.mean:+.1%} ±{100 * (alone.half or 0):.1f}")
+        for kind in ("alone", "both"):
+            for side in ("first", "second"):
+                shares = [self.share(several, side, kind) for several in (self.plain, self.own)]
+                cells.append(f"{shares[0]:.0%} to {shares[1]:.0%}")
+        return cells
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as data."""
+        found: dict[str, Any] = {"second alone": self.alone().plain()}
+        for side in ("first", "second"):
+            found[f"{side} rises"] = [estimate(self.rises(several, side)).plain() for several in (self.plain, self.own)]
+            found[f"{side} less than asked"] = self.less(side).plain()
+            for kind in ("alone", "both"):
+                found[f"{side} told {kind}"] = [self.share(several, side, kind) for several in (self.plain, self.own)]
+                found[f"{side} told {kind} more"] = self.told(side, kind).plain()
+        return found
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of scripts/blends/make_data.py")
+    parser.add_argument("--output", type=Path, default=Path("beside"), help="folder for adapters, results and the table")
+    parser.add_argument("--only-report", action="store_true", help="train and measure nothing: tell what is known")
+    parser.add_argument("--styles", nargs="+", choices=list(SAMPLES), default=list(SAMPLES))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--pictures", type=int, default=48, help="drawings of each style that losses are measured on")
+    parser.add_argument("--prompts", type=int, default=len(HELD_OUT), help="that each style is asked for")
+    parser.add_argument("--noises", type=int, default=4, help="that each prompt is drawn from")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
+    parser.add_argument("--batch", type=int, default=48, help="pictures at once")
+    parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")
+    parser.add_argument("--processes", type=int, default=1, help="trainings and measurements at once")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing more after so long")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,235 @@
+"""The scripts that compare ways of composing: volumes, judges, which ways there are, their data, and what is told."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from peft_diffusion.bases import embedded
+from peft_diffusion.evaluation.drawings import pixels_of
+from peft_diffusion.generation.compositions import COMPOSITIONS, LEARNED
+from peft_diffusion.generation.compositions.switch import Switch
+from peft_diffusion.tools.tool_settings import How
+from peft_diffusion.training.settings.composing import Kind
+from scripts import compare_beside, compare_blends
+from scripts.blends import curves, judges, make_data, ways
+from scripts.build_base.make_samples import HELD_OUT
+from scripts.compare_beside import BOTH, PLAIN, Compared, Job, Variant
+from scripts.compare_blends import PAIRS, Found, points_of, report
+
+
+def test_volume_is_that_of_the_boxes_below_the_points() -> None:
+    assert curves.volume(np.array([[1.0, 1.0, 1.0]])) == 1.0
+    # Above half of the prompt there is the first box alone, 1 x 0.5; below it both, 1 x 0.5 + 0.5 x 0.5.
+    points = np.array([[1.0, 0.5, 1.0], [0.5, 1.0, 0.5]])
+    assert curves.volume(points) == pytest.approx(0.5 * 0.5 + 0.5 * 0.75)
+    more = np.vstack([points, [0.4, 0.9, 0.4], [1.0, 0.5, 0.9]])  # each has less of all than another one
+    assert curves.volume(more[::-1]) == pytest.approx(curves.volume(points))
+
+
+def scores(*points: tuple[float, float, float], seeds: int = 4) -> curves.Scores:
+    """Points that vary a little from seed to seed, each of two prompts, after both ends."""
+    means = np.array([(0.9, 0.1, 0.6), (0.2, 0.7, 0.6), *points])
+    chance = np.random.default_rng(len(points))
+    found: curves.Scores = means[:, None, None] + 0.01 * chance.standard_normal((len(means), seeds, 2, 3))
+    return found
+
+
+def test_likenesses_count_from_the_other_end_to_the_own_one() -> None:
+    plain = scores((0.5, 0.5, 0.2))
+    first, second, between = curves.scaled(plain, plain).mean((1, 2))
+    assert first[:2] == pytest.approx([1, 0]) and second[:2] == pytest.approx([0, 1])
+    means = plain.mean((1, 2))
+    assert between[0] == pytest.approx((means[2, 0] - means[1, 0]) / (means[0, 0] - means[1, 0]))
+    assert between[2] == pytest.approx((1 + means[2, 2]) / 2)
+
+
+def test_differences_are_of_the_same_seeds() -> None:
+    plain, better = scores((0.5, 0.4, 0.6)), scores((0.8, 0.65, 0.6))
+    counted = [curves.scaled(one, plain) for one in (plain, better)]
+    same, more = curves.above(counted[0], counted[0]), curves.above(counted[1], counted[0])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert 0 < more.low < more.value < more.high
+    assert more.value == pytest.approx(curves.volumes(counted[1]).value - curves.volumes(counted[0]).value)
+    both = curves.together([(counted[1], counted[0]), (counted[0], counted[0])])
+    assert both.value == pytest.approx(more.value / 2)
+    place, most = curves.balanced(counted[1])
+    assert place == 2 and most.value == pytest.approx(curves.reached(counted[1], range(4))[2, :2].min())
+
+
+def test_no_composition_and_no_merge_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ways.every()
+    assert {way.compose for way in found.values()} == set(COMPOSITIONS) - {LEARNED}
+    assert {way.kind for way in found.values()} == {None, *get_args(Kind)}
+    assert {way.how for way in found.values() if isinstance(way, ways.Merged)} == {*get_args(How)} - {"linear"}
+    monkeypatch.setitem(COMPOSITIONS, "new", Switch())
+    assert set(ways.every()) - set(found) == {"new"}
+
+
+def test_merges_are_those_that_are_not_there(tmp_path: Path) -> None:
+    chosen, pair = [ways.every()["merge ties"], ways.every()["switch"]], PAIRS[0]
+    jobs = ways.merges(chosen, [pair], tmp_path)
+    assert [job[1:] for job in jobs] == [(pair, "ties", share) for share in ways.SHARES]
+    made = ways.merged_file(*jobs[2])
+    made.parent.mkdir()
+    made.touch()
+    assert ways.merges(chosen, [pair], tmp_path) == [*jobs[:2], *jobs[3:]]
+
+
+def test_a_character_comes_before_its_style() -> None:
+    styles, character = PAIRS[0], next(pair for pair in PAIRS if pair.character)
+    assert styles.strengths(0.25, 2.0) == {styles.first: 0.5, styles.second: 1.5}
+    assert list(character.strengths(0.25, 1.0).items()) == [(character.second, 0.75), (character.first, 0.25)]
+
+
+def disc(behind: str, colour: str = "#303030") -> Image.Image:
+    """A disc on a plain background."""
+    image = Image.new("RGB", (128, 128), behind)
+    ImageDraw.Draw(image).ellipse((30, 30, 98, 98), fill=colour)
+    return image
+
+
+def test_backgrounds_are_told_by_the_border_and_made_white() -> None:
+    names = ["yellow", "blue", "grey"]
+    pixels = pixels_of([disc(f"#{judges.COLOURS[name]}") for name in names])
+    assert judges.before(pixels, names).tolist() == [True] * 3
+    assert judges.before(pixels, ["blue", "blue", "white"]).tolist() == [False, True, False]
+    on_white = judges.plain(pixels)
+    assert torch.equal(on_white[0], on_white[1]) and on_white[0, :, 0, 0].tolist() == [255] * 3
+    assert torch.equal(on_white[:, :, 64, 64], pixels[:, :, 64, 64])
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> judges.StyleJudge:
+    """A judge that knows the sample styles by a few of their drawings; of two it holds others back."""
+    data = tmp_path_factory.mktemp("judged")
+    for name in make_data.SAMPLES:
+        pictures = sorted(embedded(f"styles/{name}").glob("*.webp"))
+        kinds = {"known": pictures[:8], "held": pictures[8:14]} if name != "twemoji" else {"known": pictures[:8]}
+        for kind, several in kinds.items():
+            (data / "styles" / name / kind).mkdir(parents=True)
+            for path in several:
+                (data / "styles" / name / kind / path.name).write_bytes(path.read_bytes())
+    return judges.StyleJudge(data, torch.device("cpu"))
+
+
+def test_the_judge_tells_drawings_that_it_does_not_know(judge: judges.StyleJudge) -> None:
+    own, other = judge.held["openmoji"], judge.held["fluent-flat"]
+    assert judge.trust("openmoji", "fluent-flat") > 0.8
+    assert judge.nearest(own).count("openmoji") >= 5 and judge.nearest(other).count("fluent-flat") >= 4
+    assert judge.likeness(own, "openmoji").mean().item() == pytest.approx(1, abs=1e-4)
+    assert judge.likeness(other, "openmoji").mean().item() < 0.5
+
+
+def test_data_of_a_style_parts_what_is_learned_known_and_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*HELD_OUT, *(f"thing-{letter}" for letter in "abcdefghi"), "thing-a-1"]  # the last is a variant
+    monkeypatch.setattr(make_data, "drawings", lambda style: [SimpleNamespace(name=name) for name in names])
+    monkeypatch.setattr(make_data, "render", lambda style, name, size: Image.new("RGB", (size, size)))
+    for name, count in {"SIZE": 4, "TRAINED": 3, "KNOWN": 4, "HELD": 2}.items():
+        monkeypatch.setattr(make_data, name, count)
+    shared = [HELD_OUT[0].replace("-", " "), *(f"thing {letter}" for letter in "abcde")]
+    make_data.make_style("emojione", "emojione", tmp_path, shared, trains=True)
+    folder = tmp_path / "styles" / "emojione"
+    told = {kind: judges.captions(folder / kind) for kind in ("train", "known", "held")}
+    assert told["train"] == [f"emojione emoji of a thing {letter}" for letter in "abc"]  # and nothing that is asked for
+    assert len(told["known"]) == 4 and len(told["held"]) == 2
+    assert {*told["known"], *told["held"]} == {f"thing {letter}" for letter in "defghi"}
+    assert Image.open(folder / "known" / "000.webp").size == (4, 4)
+    made = (folder / "train" / "metadata.jsonl").stat().st_mtime_ns
+    make_data.make_style("emojione", "emojione", tmp_path, shared, trains=True)  # is there
+    assert (folder / "train" / "metadata.jsonl").stat().st_mtime_ns == made
+
+
+def options(output: Path, *others: Path) -> argparse.Namespace:
+    """Those of a comparison of one point between both ends."""
+    output.mkdir(exist_ok=True)
+    return argparse.Namespace(output=output, others=list(others), points=1)
+
+
+def test_scores_of_runs_are_taken_and_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_blends, "_plot", lambda found, pair: None)
+    pairs = [PAIRS[0], next(pair for pair in PAIRS if pair.character)]
+    for pair, better in zip(pairs, (0.8, 0.3), strict=True):
+        found = Found(options=options(tmp_path / pair.stem), began=0.0)
+        found.scores[pair.name] = {
+            "plain": torch.tensor(scores((0.5, 0.4, 0.6))),
+            "switch": torch.tensor(scores((better, better, 0.6))),
+        }
+        found.keep()
+    both = Found(options=options(tmp_path / "both", *(tmp_path / pair.stem for pair in pairs)), began=0.0)
+    compare_blends._take(both)
+    switch = ways.every()["switch"]
+    assert all(both.measured(pair, switch) for pair in pairs) and not both.measured(PAIRS[1], switch)
+    assert both.points[pairs[0].name]["switch"] == points_of(switch, both.options) == [*ways.ENDS, switch.points[0]]
+    report(both, PAIRS)
+    told = json.loads((tmp_path / "both" / "figures.json").read_text("utf-8"))
+    of_styles, of_characters = (told["together"][kind]["switch"] for kind in ("pairs of styles", "with a character"))
+    assert of_styles["low"] > 0 > of_characters["high"] and of_styles["pairs"] == 1
+    (row,) = [line for line in (tmp_path / "both" / "table.md").read_text("utf-8").splitlines()[:4] if "switch" in line]
+    assert "above, 1 pairs" in row and "below, 1 pairs" in row
+
+
+def measured(first: float, second: float, alone: float = 1.0, told: float = 0.5) -> dict[str, Any]:
+    """What was measured of two, three drawings each, whose losses rise by these shares; of the second alone too."""
+    spread = (0.99, 1.0, 1.01)
+    return {
+        "first alone": {"losses": [1.0, 2.0, 3.0], "told": [0.5, 0.5]},
+        "first both": {
+            "losses": [(1 + first * one) * loss for one, loss in zip(spread, (1, 2, 3), strict=True)],
+            "told": [told] * 2,
+        },
+        "second alone": {"losses": [alone, 2 * alone], "told": [0.5, 0.5]},
+        "second both": {"losses": [alone * (1 + second * 0.99), 2 * alone * (1 + second * 1.01)], "told": [told] * 2},
+    }
+
+
+def test_rises_are_shares_and_the_answer_is_whether_a_third_is_gone() -> None:
+    plain, own = measured(0.3, 0.06), measured(0.1, 0.05, alone=1.02, told=0.75)
+    compared = Compared([plain, plain], [own, own])
+    assert compared.rises([plain], "first") == pytest.approx([0.297, 0.3, 0.303])
+    assert compared.less("first").mean == pytest.approx(0.3 * 2 / 3 - 0.1)
+    assert compared.alone().mean == pytest.approx(0.02)
+    assert compared.told("first", "both").mean == 0.25 and compared.told("second", "alone").mean == 0
+    words = compared.words()
+    assert words[:4] == ["+30.0% to +10.0%", "67%, yes", "+6.0% to +5.0%", "17%, no"]
+    assert words[-2:] == ["50% to 75%", "50% to 75%"]
+
+
+def test_every_variant_has_files_of_its_own_and_comes_after_what_it_needs() -> None:
+    jobs = [Job(0, "a", "b", name) for name in compare_beside.VARIANTS]
+    assert len({job.stem for job in jobs}) == len(jobs)
+    given = {name: variant for name, variant in compare_beside.VARIANTS.items() if variant.given}
+    assert all(variant.beside for variant in given.values())
+    assert not compare_beside.VARIANTS[PLAIN].beside
+    assert {variant.onto for variant in compare_beside.VARIANTS.values()} == {None, BOTH}
+
+
+def test_the_first_is_trained_anew_beside_the_file_of_another_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[str, str, Any]] = []
+
+    def train(seed: int, style: str, file: Path, given: argparse.Namespace, more: Any) -> float:
+        trained.append((style, file.name, more))
+        return 0.0
+
+    monkeypatch.setattr(compare_beside, "_train", train)
+    given = argparse.Namespace(output=tmp_path, data=tmp_path)
+    names = {
+        variant: compare_beside._files(Job(3, "openmoji", "twemoji", variant), given) for variant in compare_beside.VARIANTS
+    }
+    assert [path.name for path in names[PLAIN]] == ["3_openmoji.safetensors", "3_twemoji.safetensors"]
+    then = names["keep, dropout, then the first"]
+    assert then[1] == names[BOTH][1] and then[0] not in {files[0] for name, files in names.items() if files is not then}
+    ((style, _, more),) = [one for one in trained if one[1] == then[0].name]
+    assert style == "openmoji" and more["beside"] == (str(then[1]),)
+    assert all(prompt.startswith("twemoji emoji of ") for prompt in more["beside_prompt"])
+    basis = [more["option"] for *_, more in trained if "option" in more]
+    assert basis == [("init=orthogonal", "basis_part=0"), ("init=orthogonal", "basis_part=1")]
+    assert isinstance(compare_beside.VARIANTS[BOTH], Variant)
