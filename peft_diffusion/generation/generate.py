@@ -44,6 +44,7 @@ from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
 from .regions import Area, Division, DrawnRegion, parse_area
+from .retrieval import retrieval
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
@@ -73,6 +74,8 @@ _FREE = frozenset(
         "base",
         "adapter",
         "calibrate",
+        "auto",
+        "library",
         "image",
         "mask",
         "compose_file",
@@ -119,12 +122,13 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        asked = order(config, choices, literal=again is not None)
+        library = retrieval(config, pipe, choices, tell)
+        asked = order(config, choices, literal=again is not None, retrieval=library)
         if expected is not None:
             asked = replace(asked, divided=expected.divided)
         taken = config if again is not None else for_few_steps(config, asked.choices, tell)
         if taken is not config:
-            config, asked = taken, order(taken, choices, literal=False)
+            config, asked = taken, order(taken, choices, literal=False, retrieval=library)
         config.check_composed(len(asked.choices))
         paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
