@@ -223,6 +223,16 @@ def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: Diffus
         read_gallery(ink, "ink", tiny_pipe, without=set(digests))
 
 
+def test_what_is_left_out_of_a_folder_is_told(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "ink", range(3))
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
+    (folder / "3.png").write_bytes(b"no picture")
+    told: list[Event] = []
+    assert len(read_gallery(folder, "ink", tiny_pipe, tell=told.append).pictures) == 2
+    warned = " ".join(one.message for one in told if isinstance(one, Warned))
+    assert "the same content as" in warned and "3.png" in warned
+
+
 # The bench.
 
 
@@ -420,7 +430,10 @@ def test_the_command_prints_tables(
 ) -> None:
     """With a way of composing that takes just two adapters, and makes no sum of which there were a loss."""
     told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
-    given = ["--data", str(ink), str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    plain = _folder(tmp_path / "plain", range(20, 23))
+    for words in plain.glob("*.txt"):
+        words.unlink()  # a style is told without
+    given = ["--data", str(ink), str(ink), "--against", str(plain), "--base", str(tiny_base), "--device", "cpu"]
     code = main(["evaluate", *map(str, files.values()), *given, *told, "--compose", "k-lora"])
     shown = capsys.readouterr()
     assert code == 0, shown.err

@@ -229,7 +229,8 @@ def _others(
     folders = [embedded(f"styles/{name}") for name in usual] if usual else config.against
     pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
-        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
+        # A style is told by pictures alone; those that have captions tell subjects too.
+        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe, missing="empty")
         gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
         same = bool(usual) and _most(judge.names(images)) in known

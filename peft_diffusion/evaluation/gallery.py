@@ -117,6 +117,11 @@ def read_gallery(
     """
     found = scan(folder, missing=missing)
     found.check()
+    kinds: dict[str, list[str]] = {}
+    for problem in found.problems:
+        kinds.setdefault(problem.kind, []).append(str(problem))
+    for first, *more in kinds.values():
+        tell(Warned(first + (f" (and {len(more)} more like it)" if more else "")))
     pictures = tuple(one for one in found.pictures if one.digest not in without)
     seen = len(found.pictures) - len(pictures)
     if not pictures:
