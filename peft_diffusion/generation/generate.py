@@ -122,13 +122,13 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        library = retrieval(config, pipe, choices, tell)
-        asked = order(config, choices, literal=again is not None, retrieval=library)
-        if expected is not None:
-            asked = replace(asked, divided=expected.divided)
-        taken = config if again is not None else for_few_steps(config, asked.choices, tell)
-        if taken is not config:
-            config, asked = taken, order(taken, choices, literal=False, retrieval=library)
+        with retrieval(config, pipe, choices, tell) as library:
+            asked = order(config, choices, literal=again is not None, retrieval=library)
+            if expected is not None:
+                asked = replace(asked, divided=expected.divided)
+            taken = config if again is not None else for_few_steps(config, asked.choices, tell)
+            if taken is not config:
+                config, asked = taken, order(taken, choices, literal=False, retrieval=library)
         config.check_composed(len(asked.choices))
         paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)

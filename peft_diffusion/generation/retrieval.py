@@ -1,6 +1,7 @@
 """Adapters that a library chooses for prompts: what ``generate --auto`` does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -65,8 +66,11 @@ class Retrieval:
         return chosen.prompt, (*tags, *more)
 
 
-def retrieval(config: GenerateConfig, pipe: Pipeline | None, given: Sequence[Choice], tell: Observer) -> Retrieval | None:
-    """Open the library that adapters are chosen from.
+@contextmanager
+def retrieval(
+    config: GenerateConfig, pipe: Pipeline | None, given: Sequence[Choice], tell: Observer
+) -> Iterator[Retrieval | None]:
+    """Open the library that adapters are chosen from, and close it at the end.
 
     Args:
         config: What was asked for.
@@ -74,15 +78,17 @@ def retrieval(config: GenerateConfig, pipe: Pipeline | None, given: Sequence[Cho
         given: The adapters that are given.
         tell: Is told what is chosen.
 
-    Returns:
+    Yields:
         What chooses; None where nothing is to be chosen.
 
     Raises:
         UserError: There is no library, or no such base.
     """
     if config.auto is None:
-        return None
+        yield None
+        return
     wanted = named(config.base) if pipe is None else Wanted.of(asdict(describe(pipe)))
     if config.prediction != "auto":
         wanted = wanted._replace(prediction=PREDICTIONS[config.prediction])
-    return Retrieval(Library(config.library, make=False), config.auto, wanted, given, tell)
+    with Library(config.library, make=False) as library:
+        yield Retrieval(library, config.auto, wanted, given, tell)
