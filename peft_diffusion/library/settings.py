@@ -2,7 +2,6 @@
 
 from dataclasses import KW_ONLY, field
 
-from ..bases import family as families
 from ..core.errors import UserError
 from ..core.settings import (
     COUNT,
@@ -22,8 +21,6 @@ LIBRARY_HELP = (
     "The file of the library; by default peft-diffusion/library.sqlite3 in the user's folder for data (XDG_DATA_HOME, or "
     "~/.local/share)."
 )
-
-_FAMILIES = ", ".join(one.name for one in families.every() if one.denoiser is not None and not one.small)
 
 
 @explained
@@ -64,8 +61,8 @@ class LibrarySearchConfig:
     library: OptionalPath = setting(None, LIBRARY_HELP, PARAMETERS)
     base: str | None = setting(
         None,
-        f"Only adapters for this base: icons, the name of a family ({_FAMILIES}), a diffusers folder, a checkpoint file or "
-        "a hub id.",
+        "Only adapters for this base: icons, the name of a family, as inspect shows it of an adapter, a diffusers folder, a "
+        "checkpoint file or a hub id.",
         PARAMETERS,
     )
     limit: int = setting(10, "How many are shown at most.", PARAMETERS, COUNT)
