@@ -119,8 +119,8 @@ def read_gallery(
     without_words = [one for one in found.problems if one.stops and one.kind == MISSING_CAPTION]
     if without_words:
         more = f" (and {len(without_words) - 1} more like it)" if len(without_words) > 1 else ""
-        first = without_words[0]
-        raise UserError(f"{first.where}: {first.message}. Write one beside it: prompts are made of captions{more}")
+        missed = without_words[0]
+        raise UserError(f"{missed.where}: {missed.message}. Write one beside it: prompts are made of captions{more}")
     found.check()
     kinds: dict[str, list[str]] = {}
     for problem in found.problems:
