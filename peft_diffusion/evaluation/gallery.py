@@ -125,8 +125,8 @@ def read_gallery(
     kinds: dict[str, list[str]] = {}
     for problem in found.problems:
         kinds.setdefault(problem.kind, []).append(str(problem))
-    for first, *more in kinds.values():
-        tell(Warned(first + (f" (and {len(more)} more like it)" if more else "")))
+    for first, *others in kinds.values():
+        tell(Warned(first + (f" (and {len(others)} more like it)" if others else "")))
     pictures = tuple(one for one in found.pictures if one.digest not in without)
     seen = len(found.pictures) - len(pictures)
     if not pictures:
