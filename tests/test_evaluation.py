@@ -231,6 +231,9 @@ def test_what_is_left_out_of_a_folder_is_told(tiny_pipe: DiffusionPipeline, tmp_
     assert len(read_gallery(folder, "ink", tiny_pipe, tell=told.append).pictures) == 2
     warned = " ".join(one.message for one in told if isinstance(one, Warned))
     assert "the same content as" in warned and "3.png" in warned
+    (folder / "0.txt").unlink()
+    with pytest.raises(UserError, match=r"0\.png: .* Write one beside it: prompts are made of captions$"):  # by no option
+        read_gallery(folder, "ink", tiny_pipe)
 
 
 # The bench.

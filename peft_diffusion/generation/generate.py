@@ -22,7 +22,7 @@ from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline, free_u
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Observers, Stop, Warned, observed
+from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, Warned, observed
 from ..core.settings import of_kind, pick, settings_of
 from ..core.strength_schedule import ByPart
 from ..formats import Plan, plan
@@ -194,7 +194,7 @@ def draw(
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
         tell_base(adapters, config.compose_file, tell)
-        factors = _factors(adapters, names, asked, config, stop) if config.calibrate else {}
+        factors = _factors(adapters, names, asked, config, tell, stop) if config.calibrate else {}
         with spared(adapters, config):
             jobs = [_job(adapters, names, asked, group, source, factors, tell, stop) for group in asked.groups]
             if check is not None:
@@ -305,11 +305,16 @@ class _Job:
         return paint(adapters, self.cells, self.config, self.source, tell=tell, stop=stop)
 
 
-def _factors(adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, stop: Stop) -> dict[str, float]:
+def _factors(
+    adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, tell: Observer, stop: Stop
+) -> dict[str, float]:
     """What strengths are multiplied by for equal ones, in the parts and over the steps that are said, to do as much."""
     cells = [Cell(one.prompt, one.seed, None, one.negative) for one in asked.pictures]
     amounts = {name: replace(choice, strength=1.0).amount for name, choice in zip(names, asked.choices, strict=True)}
-    return calibrated(adapters, amounts, cells, config, stop).factors
+    found = calibrated(adapters, amounts, cells, config, stop)
+    if found.silent:
+        tell(Noted(f"{', '.join(found.silent)} changes nothing of these prompts, so its strength is left as it is"))
+    return found.factors
 
 
 def _job(
