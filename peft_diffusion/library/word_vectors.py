@@ -23,7 +23,7 @@ class WordVectors(Encoder):
     """
 
     name = ICONS
-    trust = 0.5  # it tells a pair of words with like meanings from another in five cases of six
+    trust = 0.5  # a rough sense: unlike words come near each other too
     sees = False
     scale = 0.0
 
