@@ -160,7 +160,9 @@ def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapter
 def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     files: dict[str, Path], adapters: Adapters, tmp_path: Path
 ) -> None:
-    factors = adapters.calibrate(["a cat"], sampling=Sampling(steps=1, guidance=1.0)).factors
+    halved = ByPart(components=dict.fromkeys(("text_encoder", "text_encoder_2"), 0.5))
+    alone: dict[str, float | ByPart] = {"ink": 1.0, "flat": halved}  # as they act
+    factors = adapters.calibrate(["a cat"], alone, sampling=Sampling(steps=1, guidance=1.0)).factors
     for name in adapters.names:
         adapters.remove(name)
     chosen = (f"{files['ink']}=0.5", f"{files['flat']}=0.25,te:0.5")

@@ -219,6 +219,25 @@ def test_k_lora_is_its_published_rule_at_each_layer(
     assert all(slot.adapters.stored("ink") is not None for slot in slots)  # none was built for it
 
 
+def test_k_lora_leaves_layers_to_one_where_the_other_is_off(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    adapters = Adapters(tiny_pipe)
+    for file in files.values():
+        adapters.load(file)
+    cell = Cell("a cat", 0, {"ink": ByPart(0.75, {"text_encoder": 0.0}, {"mid": 1.0}), "flat": 0.5})
+    (found,) = composed([cell], "k-lora", Drawing(adapters, tiny_pipe.scheduler, STEPS))
+    adapters.set(dict(found.strengths or {}))
+    strengths, mid = strengths_of(tiny_pipe.unet), 0
+    for progress in (0.0, 0.5, 1.0):
+        strengths.at_progress(progress)
+        for path, module in tiny_pipe.unet.named_modules():
+            if (slot := slot_of(module)) is not None:
+                on = strengths.present[:2, slot.block, 0].tolist()
+                assert on == [0.0, 0.5] or (path.startswith("mid_block") and on == [0.75, 0.0]), (path, progress)
+                mid += on[0] > 0
+    assert mid  # the first has steps where it acts
+    assert strengths_of(tiny_pipe.text_encoder).scalar("flat").unique().tolist() == [0.5]
+
+
 def test_k_lora_takes_two_adapters_with_a_layer_in_common(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
