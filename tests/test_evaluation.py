@@ -396,12 +396,13 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
     assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
     assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
-    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 120), BASE)
-    assert list(met) == pytest.approx([0.5, 0.5, 0.5])
+    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 180, 120), BASE)
+    assert list(met) == pytest.approx([2 / 3, 1 / 3, 0.6])  # its own first, then the other's
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
     copies = Copies.of(judge, judge.marks(grey(50, 60)), grey(70, 80))
     assert copies(grey(60, 90)) == {"nearness": pytest.approx(1.0), "copies": 0.5}
+    assert copies(grey(60, 75))["copies"] == 0.5  # the second is farther than the nearest real picture, and no copy
     trust = taught.trust(styles)
     assert trust.styles == {"ink": (1.0, 4), BASE: (1.0, 3)} and trust.subjects is None
 
