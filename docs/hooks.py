@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 from peft_diffusion.cli.commands import (
     COMMANDS,
     COMPOSE_COMMANDS,
+    LIBRARY_COMMANDS,
     METADATA_COMMANDS,
     RUNS_COMMANDS,
     TEXT_COMMANDS,
@@ -36,6 +37,7 @@ SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
     **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
     **{f"metadata {name}": _settings("metadata", f"{name}_entries") for name in METADATA_COMMANDS},
     **{f"compose {name}": _settings("compose", name) for name in COMPOSE_COMMANDS},
+    **{f"library {name}": _settings("library", f"{name}_adapters") for name in LIBRARY_COMMANDS},
 }
 
 
@@ -99,6 +101,7 @@ def commands_page() -> str:
         **{f"text {name}": said for name, said in TEXT_COMMANDS.items()},
         **{f"metadata {name}": said for name, said in METADATA_COMMANDS.items()},
         **{f"compose {name}": said for name, said in COMPOSE_COMMANDS.items()},
+        **{f"library {name}": said for name, said in LIBRARY_COMMANDS.items()},
     }
     parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
     for command, kinds in SETTINGS.items():

@@ -20,6 +20,7 @@ from peft_diffusion import Adapters, ComposeTrainConfig, GenerateConfig, UserErr
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
+from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.core.learned_kinds import LEARNED_KINDS
 from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
 from peft_diffusion.formats import composition, plan
@@ -199,6 +200,13 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
         adapter = [f"{one}={amount}" for one, amount in zip(both, amounts, strict=True)]
         (alone,) = generate(GenerateConfig("a cat", adapter=adapter, output=tmp_path / "b", **common), pipe=tiny_pipe)
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone.image, dtype=int)).max() <= 1
+    told: list[Event] = []
+    other = edited(files[kind], folder / f"other_{kind}.safetensors", base={"name": "elsewhere", "fingerprint": "0" * 16})
+    again: dict[str, Any] = {**common, "compose_file": other, "output": tmp_path / "c"}
+    generate(GenerateConfig("a cat", **again), pipe=tiny_pipe, observers=[told.append])
+    other.unlink()
+    warned = [one.message for one in told if isinstance(one, Warned)]
+    assert [one for one in warned if "was learned on 'elsewhere', whose weights differ from this base's" in one]
     config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
     with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
         config.check()

@@ -18,7 +18,7 @@ from ..core.strength_schedule import ByPart
 from ..data.folder import scan
 from ..formats import inspect
 from ..generation import sheet
-from ..generation.adapted import adapted
+from ..generation.adapted import adapted, contains
 from ..generation.adapters import Adapters
 from ..generation.distilled import for_few_steps
 from ..generation.memory import loaded
@@ -166,6 +166,9 @@ def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters,
     if not config.leak_prompts and (not all(plain) or plain == [gallery.captions[place] for place in places]):
         tell(Noted(f"{name}: its captions share no words and no trigger, so leakage is not measured; give --leak-prompts"))
         plain = []
+    for prompt in config.leak_prompts:
+        if called := [one for one in adapters[name].spec.triggers if contains(prompt, one)]:
+            tell(Warned(f'--leak-prompts "{prompt}" calls {name} by "{called[0]}", so what it does there is no leakage'))
     return Case(choice, gallery, examples, images, places, plain, copies)
 
 
@@ -226,7 +229,8 @@ def _others(
     folders = [embedded(f"styles/{name}") for name in usual] if usual else config.against
     pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
-        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
+        # A style is told by pictures alone; those that have captions tell subjects too.
+        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe, missing="empty")
         gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
         same = bool(usual) and _most(judge.names(images)) in known

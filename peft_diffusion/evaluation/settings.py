@@ -193,7 +193,7 @@ class EvaluateConfig(NamesAdapters):
             By the names of their files; those of ``trained`` may be fewer.
 
         Raises:
-            UserError: There are more than adapters, a name is none of an adapter's, or two adapters have one name.
+            UserError: There are more than adapters, an adapter has two, or two adapters have one name.
         """
         texts: Sequence[str] = self.data if of == "data" else self.trained
         names = [choice.name for choice in self.choices()]
@@ -204,10 +204,13 @@ class EvaluateConfig(NamesAdapters):
         found: dict[str, Path] = {}
         for place, text in enumerate(texts):
             name, equals, folder = text.partition("=")
-            if equals and name in names and not at_home(Path(text)).is_dir():
-                found[name] = at_home(Path(folder))
-            elif place < len(names):
-                found[names[place]] = at_home(Path(text))
-            else:
-                raise UserError(f"--{of} {text}: there are {len(names)} adapters, and this is folder {place + 1}")
+            if not (equals and name in names and not at_home(Path(text)).is_dir()):
+                if place >= len(names):
+                    raise UserError(f"--{of} {text}: there are {len(names)} adapters, and this is folder {place + 1}")
+                name, folder = names[place], text
+            if name in found:
+                raise UserError(
+                    f"--{of} {text} is a second folder for {name}; give one for each adapter, all of them as NAME="
+                )
+            found[name] = at_home(Path(folder))
         return found

@@ -904,7 +904,12 @@ def _known_blocks(
     everywhere."""
     chosen: dict[str, OverSteps] = {}
     for name, given in amounts.items():
-        refuse_unknown(named_blocks(given), everywhere)
+        named = named_blocks(given)
+        if part := next((one for one in named if one in families.components() and one not in everywhere), None):
+            raise UserError(
+                f"{part!r} is a component and no block; say ByPart(components={{{part!r}: 0.5}}, blocks={{'mid': 1.0}})"
+            )
+        refuse_unknown(named, everywhere)
         amount = of_component(given, component, own)
         if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
             amount = {block: value for block, value in amount.items() if weighed({block: value}, own)}

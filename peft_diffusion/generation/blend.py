@@ -22,6 +22,7 @@ from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
+from .learned import tell_base
 from .memory import loaded, spare
 from .overlap import BlendReport, measured
 from .overlap_files import write
@@ -81,6 +82,7 @@ def blend(
             names,
         ):
             tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
+            tell_base(adapters, config.compose_file, tell)
             beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
             config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..bases.prompts import Encoding
 from ..core.errors import UserError
+from ..core.events import Observer, Warned
+from ..core.shortening import brief
 from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..formats import composition
@@ -60,6 +62,20 @@ def composed(
     wanted: dict[str, Amount] = {name: [row[name] for row in rows] if len(rows) > 1 else rows[0][name] for name in names}
     adapters.set(wanted)
     return names
+
+
+def tell_base(adapters: "Adapters", file: Path | None, tell: Observer) -> None:
+    """Warn where adapters are weighed as was learned on a base of other weights.
+
+    Args:
+        adapters: Those on the base that draws.
+        file: The file of the composition; None where there is none.
+        tell: Is told.
+    """
+    made = {} if file is None else composition.read(file).base
+    if made.get("fingerprint") not in (None, adapters.base.fingerprint):
+        name = brief(str(made.get("name")))
+        tell(Warned(f"{file} was learned on {name!r}, whose weights differ from this base's; results may differ"))
 
 
 def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:

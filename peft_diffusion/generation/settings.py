@@ -40,6 +40,7 @@ from ..data.prompts import refuse_files
 from ..formats import Plan, composition, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
+from ..library.settings import LIBRARY_HELP
 from . import amounts
 from .compositions import COMPOSITIONS, LEARNED, Compose, explanation
 from .control_settings import Control
@@ -578,6 +579,15 @@ class GenerateConfig(Sampling):
         "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
         PARAMETERS,
     )
+    auto: int | None = setting(
+        None,
+        "Choose up to so many adapters of the library for each prompt, with a strength of 0.4 to 1 by how much the prompt "
+        "asks for them, and put in front of it the triggers that it lacks. Which, and why, is told. None is chosen where "
+        "none has to do with the prompt.",
+        PARAMETERS,
+        COUNT,
+    )
+    library: OptionalPath = setting(None, LIBRARY_HELP, PARAMETERS)
     region: Regions = setting(
         (),
         "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
@@ -639,6 +649,10 @@ class GenerateConfig(Sampling):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is not None and self.calibrate:
             raise UserError("a recipe holds the strengths as they were scaled; leave --calibrate away")
+        if self.recipe is not None and self.auto is not None:
+            raise UserError("a recipe holds the adapters that were chosen; leave --auto away")
+        if self.library is not None and self.auto is None:
+            raise UserError("--library is where --auto finds adapters; give that too, as in --auto 2")
         if self.recipe is None:
             if self.prompts_file is None:
                 _check_prompts(self.prompts)
@@ -683,6 +697,10 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        if self.auto is not None:
+            from ..library import Library  # which brings numpy
+
+            Library(self.library, make=False).close()
         self.controls()
         for region in self.region:
             region.check()
