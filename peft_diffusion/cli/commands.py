@@ -53,6 +53,12 @@ TEXT_COMMANDS = {
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
 COMPOSE_COMMANDS = {"train": "Learn how much of each adapter acts in each block and step, from a few pictures for each."}
+LIBRARY_COMMANDS = {
+    "add": "Add adapter files and folders to a library, or bring it up to date.",
+    "search": "Find the adapters of a library that a prompt or a description asks for.",
+    "list": "List the adapters of a library, and which of their files moved, changed or are gone.",
+    "remove": "Take adapters out of a library; their files stay.",
+}
 RUNS_COMMANDS = {"export": "Write the adapter in a checkpoint of a run as an adapter file."}
 METADATA_COMMANDS = {
     "get": "Show the metadata of a safetensors file, or the values of some entries.",
@@ -192,6 +198,7 @@ ROOT = Entry(
             _entries(METADATA_COMMANDS, "metadata", "_entries"),  # as `set` is taken
         ),
         "compose": Entry("Learn how to weigh adapters that are there already.", None, _entries(COMPOSE_COMMANDS, "compose")),
+        "library": Entry("Find adapters by what they teach.", None, _entries(LIBRARY_COMMANDS, "library", "_adapters")),
     },
 )
 """All of the program: the commands, and those below them."""

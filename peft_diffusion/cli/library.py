@@ -7,7 +7,7 @@ from ..core.errors import UserError
 from ..library.library import Library, Listed
 from ..library.ranking import Found
 from ..library.settings import LibraryAddConfig, LibraryListConfig, LibraryRemoveConfig, LibrarySearchConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole, show_notes
 from .terminal import say
 
