@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
-
-from PIL import Image, PngImagePlugin, features
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..core.errors import UserError
+
+if TYPE_CHECKING:  # the settings of commands import this module, whose help needs no Pillow
+    from PIL import Image
 
 PictureFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
@@ -70,11 +71,17 @@ def format_of(path: Path) -> PictureFormat:
     """
     for kind, one in _FORMATS.items():
         if path.suffix.lower() in one.endings:
-            if one.feature and not features.check(one.feature):
+            if one.feature and not _has(one.feature):
                 raise UserError(f"{path}: this Pillow cannot write {one.pillow}; take .png, or install Pillow anew")
             return kind
     endings = ", ".join(ending for one in _FORMATS.values() for ending in one.endings)
     raise UserError(f"{path}: pictures are written as {endings}, which carry the recipe")
+
+
+def _has(feature: str) -> bool:
+    from PIL import features
+
+    return bool(features.check(feature))
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ class Carried:
         """
         name = _FORMATS[kind].pillow
         if kind == "png":
+            from PIL import PngImagePlugin
+
             info = PngImagePlugin.PngInfo()
             if self.a1111 is not None:
                 info.add_text(_A1111, self.a1111)
@@ -123,6 +132,8 @@ class Carried:
         return kind != "jpeg" or len(self._exif()) <= _MOST_EXIF
 
     def _exif(self) -> bytes:
+        from PIL import Image
+
         exif = Image.Exif()
         exif[_PRIVATE] = _OWN + zlib.compress(self.own.encode("ascii"))
         if self.a1111 is not None:  # as A1111 writes it, by piexif's UserComment
@@ -130,7 +141,7 @@ class Carried:
         return exif.tobytes()
 
 
-def a1111_text(image: Image.Image) -> str:
+def a1111_text(image: "Image.Image") -> str:
     """Read what A1111 wrote into a picture, or what we did in its place.
 
     Args:
@@ -151,7 +162,7 @@ def a1111_text(image: Image.Image) -> str:
     return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
 
 
-def own_text(image: Image.Image) -> str | None:
+def own_text(image: "Image.Image") -> str | None:
     """Read the JSON that a picture carries.
 
     Args:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
@@ -20,6 +18,9 @@ from ..data.prompts import words_of
 from ..formats.container import title
 from . import amounts, hires
 from .picture_formats import READ, Carried, format_of, own_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
@@ -333,7 +334,7 @@ _WITHOUT: Mapping[str, Any] = MappingProxyType({"plugins": [], "base_sha256": ""
 """What fields of `_WHERE_THERE` that are never None are in a recipe that lacks them."""
 
 
-def write(path: Path, image: Image.Image, recipe: Recipe, quality: int | None = None) -> None:
+def write(path: Path, image: "Image.Image", recipe: Recipe, quality: int | None = None) -> None:
     """Save a picture with its recipe, aside and then renamed.
 
     Args:
@@ -360,7 +361,7 @@ def carried(recipe: Recipe) -> Carried:
     return Carried(json.dumps({"version": VERSION, "recipe": recipe.to_json()}), recipe.parameters())
 
 
-def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]], quality: int | None = None) -> None:
+def write_sheet(path: Path, sheet: "Image.Image", recipes: Sequence[Sequence[Recipe]], quality: int | None = None) -> None:
     """Save a sheet with the recipe of each of its pictures.
 
     Args:
@@ -408,6 +409,8 @@ def read(path: Path) -> Recipe:
     """
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
+    from PIL import Image
+
     with refusing(f"{path} cannot be read as a PNG, JPEG or WebP picture"), Image.open(path, formats=READ) as image:
         if image.width * image.height > _MOST_PIXELS:
             raise UserError(f"{path} has more than {_MOST_PIXELS:,} pixels, so it is no picture with a recipe")
@@ -458,7 +461,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"nothing can be written to {folder}: {there} is read-only")
 
 
-def _save(path: Path, image: Image.Image, texts: Carried, quality: int | None) -> None:
+def _save(path: Path, image: "Image.Image", texts: Carried, quality: int | None) -> None:
     check_target(path)
     kind = format_of(path)
     if not texts.fits(kind):
