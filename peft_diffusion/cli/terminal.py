@@ -30,7 +30,7 @@ def say(text: object, *, error: bool = False) -> None:
         text: What is written, without its control characters.
         error: Whether on stderr, where what is no result belongs.
     """
-    print(plain(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
+    write(plain(str(text)), error=error)
 
 
 def coloured(text: str, style: str) -> str:
@@ -47,13 +47,14 @@ def coloured(text: str, style: str) -> str:
     return f"\x1b[{_STYLES[style]}m{shown}\x1b[0m" if style and shown.strip() and _shows_colours() else shown
 
 
-def write(text: str) -> None:
-    """Write a text made of what `coloured` gave, and the end of a line.
+def write(text: str, *, error: bool = False) -> None:
+    """Write a text made of what `plain` and `coloured` gave, and the end of a line.
 
     Args:
         text: What is written as it is.
+        error: Whether on stderr.
     """
-    print(text, flush=True)
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def _shows_colours() -> bool:
