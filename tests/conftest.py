@@ -3,7 +3,8 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,29 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 gc.set_threshold(10_000, 20, 20)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from disk import without_waiting  # noqa: E402
 from little import LITTLE  # noqa: E402
 
 if TYPE_CHECKING:
+    from copies import Copies
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
 
 
 without_waiting()
+if "PYTEST_XDIST_WORKER" in os.environ:  # before coverage looks at what runs, which makes these imports take twice as long
+    import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+    import transformers.models.clip.modeling_clip  # noqa: F401
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest knows it only where xdist is there
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than there are cores: a test that waits for a process of its own leaves its core to others."""
-    return (os.cpu_count() or 1) + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than there are cores: a test that waits for a process of its own leaves its core to others.
+
+    Those are slow. Without them one more would only import the libraries and collect the tests once more.
+    """
+    cores = os.cpu_count() or 1
+    return cores if config.option.markexpr == "not slow" else cores + 1
 
 
 def pytest_collection_finish() -> None:
@@ -62,8 +70,20 @@ def tiny_tokenizer() -> "CLIPTokenizer":
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
+@cache
+def _copies(make: "Callable[..., DiffusionPipeline]", *options: int | str) -> "Copies[DiffusionPipeline]":
+    from copies import Copies
+
+    return Copies(partial(make, *options))
+
+
 def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
+    return _copies(_build_pipe, seed, prediction_type, width, in_channels).copy()
+
+
+def _build_pipe(seed: int, prediction_type: str, width: int, in_channels: int) -> "DiffusionPipeline":
+    import torch
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -107,6 +127,11 @@ def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, 
 
 def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionXLPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
+    return _copies(_build_xl_pipe, seed, prediction_type, in_channels).copy()
+
+
+def _build_xl_pipe(seed: int, prediction_type: str, in_channels: int) -> "DiffusionPipeline":
+    import torch
     from diffusers import (
         EulerDiscreteScheduler,
         StableDiffusionXLInpaintPipeline,
