@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 without_waiting()
 if "PYTEST_XDIST_WORKER" in os.environ:  # before coverage looks at what runs, which makes these imports take twice as long
-    import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
     import transformers.models.clip.modeling_clip  # noqa: F401
 
 

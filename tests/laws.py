@@ -183,8 +183,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# Daily work sees each method on each component in float32; CI sees the halves too.
-DAILY_FIRST = [pytest.param(one, marks=pytest.mark.slow if one[2] == "bfloat16" else ()) for one in CASES]
+FIRST = {method: component for method, component, _ in reversed(CASES)}
+# Daily work sees each method on one component, and LoRA on all, in float32; CI sees the others and the halves too.
+DAILY = {one for one in CASES if one[2] == "float32" and (one[0] == "lora" or one[1] == FIRST[one[0]])}
+DAILY_FIRST = [pytest.param(one, marks=() if one in DAILY else pytest.mark.slow) for one in CASES]
 
 
 @functools.cache

@@ -35,6 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     before, digest = picture(tiny_pipe), checksum(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
@@ -49,6 +50,7 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Pat
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
 
 
+@pytest.mark.slow
 def test_sites_are_called_what_they_are_in_the_base(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     kinds = {path: type(module).__name__ for path, module in tiny_pipe.unet.named_modules()}
     adapters = Adapters(tiny_pipe)
@@ -60,6 +62,7 @@ def test_sites_are_called_what_they_are_in_the_base(files: list[Path], tiny_pipe
         adapters.load(wide)
 
 
+@pytest.mark.slow
 def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     before = picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)
@@ -74,6 +77,7 @@ def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pi
     assert np.array_equal(picture(tiny_pipe), ink) and not np.array_equal(both, ink)
 
 
+@pytest.mark.slow
 def test_merging_draws_the_same_and_gives_the_bytes_back(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     digest = checksum(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
@@ -91,6 +95,7 @@ def test_merging_draws_the_same_and_gives_the_bytes_back(files: list[Path], tiny
     assert np.array_equal(picture(tiny_pipe), running)
 
 
+@pytest.mark.slow
 def test_strengths_per_image_and_per_block(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[1], name="flat")
@@ -116,6 +121,7 @@ def test_strengths_per_image_and_per_block(files: list[Path], tiny_pipe: Diffusi
         adapters.set(flat={"nowhere": 1.0})
 
 
+@pytest.mark.slow
 def test_a_schedule_follows_the_steps_and_leaves_no_trace(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[1], name="flat")
@@ -136,6 +142,7 @@ def test_a_schedule_follows_the_steps_and_leaves_no_trace(files: list[Path], tin
     assert Schedule([0.0, 1.0, 0.0]).at(0.25) == 0.5 and Schedule([2.0]).at(0.9) == 2.0
 
 
+@pytest.mark.slow
 def test_a_failed_load_changes_nothing(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0])
@@ -154,6 +161,7 @@ def test_a_failed_load_changes_nothing(files: list[Path], tiny_pipe: DiffusionPi
     assert adapters.load(files[0]) == "ink_2"
 
 
+@pytest.mark.slow
 def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     module.forward = functools.partial(module.forward)
@@ -162,6 +170,7 @@ def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], t
     assert not site.sites(tiny_pipe.unet) and not site.sites(tiny_pipe.text_encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, torch.OutOfMemoryError, TypeError])
 def test_an_attachment_that_breaks_off_leaves_nothing(
     files: list[Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, stopped: type[BaseException]
@@ -206,6 +215,7 @@ def test_an_attachment_that_breaks_off_leaves_nothing(
     assert adapters.load(files[0]) == "ink"
 
 
+@pytest.mark.slow
 def test_a_removal_that_one_component_refuses_is_none(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0])
@@ -221,6 +231,7 @@ def test_a_removal_that_one_component_refuses_is_none(files: list[Path], tiny_pi
     assert adapters.names == ()
 
 
+@pytest.mark.slow
 def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(
     files: list[Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -302,6 +313,7 @@ def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(
         assert not adapters.merged and torch.equal(layer(x), running)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [3, 45], ids=["in the first component", "in the second"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_merge_that_ends_early_leaves_every_byte(
@@ -351,6 +363,7 @@ def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: Diffu
     assert counts[1] == counts[3]
 
 
+@pytest.mark.slow
 def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(
     files: list[Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -414,6 +427,7 @@ def test_a_schedule_goes_on_when_the_network_is_compiled_after_it_was_set(
     assert np.abs(picture(tiny_pipe).astype(int) - before.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_what_a_load_leaves_out_is_logged_with_counts_and_names(
     files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -96,6 +96,7 @@ def drawn(pipe: DiffusionPipeline, *strengths: Any) -> list[np.ndarray]:
     return [np.asarray(image, int) for image in paint(Adapters(pipe), cells, Sampling(steps=3))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
@@ -124,6 +125,7 @@ def test_a_part_alone_acts_as_a_file_of_that_part(
     assert np.abs(found - wanted).max() <= 1 and np.abs(found - whole).max() > 3
 
 
+@pytest.mark.slow
 def test_parts_blocks_and_steps_multiply_for_each_image(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(ink)
@@ -150,6 +152,7 @@ def test_parts_blocks_and_steps_multiply_for_each_image(ink: Path, tiny_pipe: Di
     adapters.set(ink=ByPart(blocks=dict.fromkeys(PRESETS["INALL"], 1.0)))  # of blocks that a smaller network lacks
 
 
+@pytest.mark.slow
 def test_blocks_of_b_lora_are_known_by_name_where_the_family_has_them(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     """Of its blora_utils.py: unet.up_blocks.0.attentions.0 is content, .1 is style; nothing is known of other bases."""
     xl = make_xl_pipe()
@@ -171,6 +174,7 @@ def test_blocks_of_b_lora_are_known_by_name_where_the_family_has_them(ink: Path,
         adapters.set(ink=ByPart(blocks={"style": 1.0}))
 
 
+@pytest.mark.slow
 def test_b_lora_trains_two_blocks_of_sdxl() -> None:
     unet = skeleton("sdxl").parts["unet"]
     family = families.find("sdxl")
@@ -187,6 +191,7 @@ def test_b_lora_trains_two_blocks_of_sdxl() -> None:
         with_words(make_pipe(), [Placement("unet", "attention@content", Lora(rank=4))])
 
 
+@pytest.mark.slow
 def test_a_recipe_keeps_what_differs_between_parts(tiny_base: Path, tmp_path: Path) -> None:
     file = make_adapter(tmp_path / "a.safetensors", tiny_base, 1)
     told: dict[str, Any] = {"base": str(tiny_base), "device": "cpu"}

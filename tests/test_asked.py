@@ -73,6 +73,7 @@ def test_adapters_are_taken_out_of_prompts() -> None:
             take(f"a cat {odd}")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_named_by_several_names_has_the_sum_of_their_strengths(pipe: Any, shelf: Path) -> None:
     """As A1111 adds one that is named twice, by its file and by its alias."""
     (choice,) = with_plans([Choice(shelf / "x123.safetensors")])
@@ -83,6 +84,7 @@ def test_a_file_that_is_named_by_several_names_has_the_sum_of_their_strengths(pi
     assert {name: told["one"].components[name] for name in wanted} == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_names_are_those_of_files_given_then_of_the_folder(shelf: Path, tmp_path: Path) -> None:
     found = Shelf((Choice(tmp_path / "own" / "ink.safetensors", 0.5),), shelf)
     assert found.find("INK") is found.given[0]
@@ -102,6 +104,7 @@ def test_names_are_those_of_files_given_then_of_the_folder(shelf: Path, tmp_path
     assert Shelf((), tmp_path).find("a/one").path == tmp_path / "a" / "one.safetensors"
 
 
+@pytest.mark.slow
 def test_named_adapters_have_the_strengths_of_each_prompt(pipe: Any, shelf: Path, tmp_path: Path) -> None:
     prompts = ("a cat <lora:ink:0.8>", "a cat", "a cat <lora:Flat v1:0.3:0.9> <lora:ink:0.2>")
     named = made(pipe, tmp_path / "named", *prompts, adapters_dir=shelf)
@@ -147,6 +150,7 @@ def test_a_prompt_of_a1111_is_drawn_by_the_command_as_it_is(tiny_base: Path, she
     assert drawn.recipe.parameters().startswith(f"{words} <lora:ink:0.8> <lora:Flat v1:0.4>\nNegative prompt: (blue:1.3)")
 
 
+@pytest.mark.slow
 def test_a_sheet_of_blends_has_other_adapters_beside(pipe: Any, shelf: Path, tmp_path: Path) -> None:
     ink, flat = str(shelf / "ink.safetensors"), str(shelf / "styles" / "Flat v1.safetensors")
     config = BlendConfig(
@@ -241,6 +245,7 @@ def test_lines_are_read_as_kohyas_trainer_reads_them(tmp_path: Path) -> None:
             read_prompts(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_each_line_is_drawn_as_it_says(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat --n dog --w 80 --d 4 --s 1\na {cat|dog|house} --l 2\na cat --h 80\n")
     drawn = made(pipe, tmp_path / "all", prompts_file=tmp_path / "p.txt", count=2, sheet=tmp_path / "sheet.png", seed=9)
@@ -259,6 +264,7 @@ def test_each_line_is_drawn_as_it_says(pipe: Any, tmp_path: Path) -> None:
         made(pipe, tmp_path, "a cat --n dog --l 1")
 
 
+@pytest.mark.slow
 def test_previews_of_a_run_are_drawn_as_their_lines_say(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     (tmp_path / "p.txt").write_text("a cat --w 80 --h 64 --s 1 --d 5\na (dog:1.2) --n cat --l 3\na {cat|cat}\n")

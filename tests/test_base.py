@@ -104,6 +104,7 @@ def _drawings(style: str) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(image)).permute(2, 0, 1) for name, image in small.items()}
 
 
+@pytest.mark.slow
 def test_the_judge_of_subjects_sees_through_different_hands() -> None:
     net, known, asked = load_subject_net(), _drawings("twemoji"), _drawings("openmoji")
     subjects = Subjects({name: points_of(net, image[None]) for name, image in known.items()})
@@ -151,6 +152,7 @@ def test_every_sampler_draws_the_apple(icons: Any, apple_and_fish: np.ndarray, s
     assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
 
 
+@pytest.mark.slow
 def test_it_is_small_and_says_what_it_is(icons: Any) -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 48_000_000
     info = describe(icons)
@@ -169,6 +171,7 @@ def test_its_card_is_that_of_its_figures() -> None:
         assert sheet.size == (12 * 64, len(SHEET_STYLES) * 64)
 
 
+@pytest.mark.slow
 def test_drawings_are_changed_on_white_and_within_bounds() -> None:
     torch.manual_seed(0)
     images = torch.ones(48, 3, 128, 128)

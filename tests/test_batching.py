@@ -75,6 +75,7 @@ REQUESTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_most", [2, 8])
 def test_a_picture_of_a_batch_is_that_of_its_own_run(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, at_most: int
@@ -93,6 +94,7 @@ def test_a_picture_of_a_batch_is_that_of_its_own_run(
     assert state.strengths.images == 1 and state.strengths.kept("ink") == 0.25 and "flat" in adapters.schedules
 
 
+@pytest.mark.slow
 def test_pictures_of_xl_share_a_batch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make_xl_pipe()
     parts = ("unet", "text_encoder", "text_encoder_2")
@@ -104,6 +106,7 @@ def test_pictures_of_xl_share_a_batch_too(tmp_path: Path, monkeypatch: pytest.Mo
         assert np.abs(together - alone(make_xl_pipe, files, request)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_what_cannot_share_a_batch_is_drawn_group_by_group_and_told(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

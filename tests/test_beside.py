@@ -56,6 +56,7 @@ def task_beside(config: TrainConfig, *, carried: bool = True) -> tuple[Diffusion
     return diffusion_task(prepared, made, Processes(), others=[OTHER] if carried else []), arena
 
 
+@pytest.mark.slow
 def test_others_are_off_in_a_share_of_the_steps_text_and_all(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 2)
     beside: dict[str, Any] = {"beside": ("other.safetensors",)}
@@ -75,6 +76,7 @@ def test_others_are_off_in_a_share_of_the_steps_text_and_all(tmp_path: Path) -> 
     assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_prompts_of_others_are_answered_as_without_the_new_adapter(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 2)
     config = small(folder, tmp_path, batch_size=1, beside=("other.safetensors",), beside_keep=3.0, caption_dropout=0.0)
@@ -183,6 +185,7 @@ def test_parts_of_a_shared_basis_read_nothing_in_common_and_only_up_learns(modul
         Lora(rank=4, init="orthogonal", basis_part=width // 4).build(module)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_part_of_the_basis_says_so_in_its_file(tmp_path: Path, tiny_base: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 1)
     options = ("init=orthogonal", "basis_seed=9", "basis_part=1")

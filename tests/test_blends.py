@@ -50,6 +50,7 @@ def test_likenesses_count_from_the_other_end_to_the_own_one() -> None:
     assert between[2] == pytest.approx((1 + means[2, 2]) / 2)
 
 
+@pytest.mark.slow
 def test_differences_are_of_the_same_seeds() -> None:
     plain, better = scores((0.5, 0.4, 0.6)), scores((0.8, 0.65, 0.6))
     counted = [curves.scaled(one, plain) for one in (plain, better)]
@@ -119,6 +120,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> judges.StyleJudge:
     return judges.StyleJudge(data, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_judge_tells_drawings_that_it_does_not_know(judge: judges.StyleJudge) -> None:
     own, other = judge.held["openmoji"], judge.held["fluent-flat"]
     assert judge.trust("openmoji", "fluent-flat") > 0.8
@@ -152,6 +154,7 @@ def options(output: Path, *others: Path) -> argparse.Namespace:
     return argparse.Namespace(output=output, others=list(others), points=1)
 
 
+@pytest.mark.slow
 def test_scores_of_runs_are_taken_and_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_blends, "_plot", lambda found, pair: None)
     pairs = [PAIRS[0], next(pair for pair in PAIRS if pair.character)]
@@ -210,6 +213,7 @@ def test_every_variant_has_files_of_its_own_and_comes_after_what_it_needs() -> N
     assert {variant.onto for variant in compare_beside.VARIANTS.values()} == {None, BOTH}
 
 
+@pytest.mark.slow
 def test_the_first_is_trained_anew_beside_the_file_of_another_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def test_timesteps_are_weighed_where_a_small_base_learns_words_alone() -> None:
     assert debiased(**words, debiased=False) is debiased(**words, min_snr_gamma=5.0) is False
 
 
+@pytest.mark.slow
 def test_a_short_run_is_not_spent_on_its_warm_up() -> None:
     from peft_diffusion.bases import describe
     from peft_diffusion.training.settings.derive import resolve

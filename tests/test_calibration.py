@@ -35,6 +35,7 @@ def adapters(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> Adapters:
     return made
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_effects_are_what_the_network_answers_of_the_same_latents(adapters: Adapters, guidance: float) -> None:
@@ -70,6 +71,7 @@ def test_factors_and_shares_make_the_same_of_every_adapter() -> None:
     assert none.evenly({"ink": 0.5, "flat": 0.5}) == {"ink": 0.5, "flat": 0.5}
 
 
+@pytest.mark.slow
 def test_calibrating_leaves_strengths_and_network_as_they_were(adapters: Adapters) -> None:
     network = adapters.pipe.unet
     before = adapters._registry.states()["unet"].strengths.values.clone(), len(network._forward_hooks)
@@ -86,6 +88,7 @@ def test_calibrating_leaves_strengths_and_network_as_they_were(adapters: Adapter
         adapters.calibrate(["a cat"])
 
 
+@pytest.mark.slow
 def test_columns_are_placed_by_how_far_pictures_are_from_both_ends(adapters: Adapters) -> None:
     prompts, sampling, amounts = (
         ["a cat", "a house"],
@@ -125,11 +128,13 @@ def test_a_row_is_read_by_straight_lines(place: float, part: float) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_row_between_equal_ends_is_none(adapters: Adapters) -> None:
     found = adapters.calibrate(["a cat"], {"ink": 0.0, "flat": 0.0}, sampling=Sampling(steps=1), rows=True)
     assert not found.rows and found.evenly({"ink": 0.5, "flat": 0.5}) == {"ink": 0.5, "flat": 0.5}
 
 
+@pytest.mark.slow
 def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapters: Adapters, tmp_path: Path) -> None:
     sampling = Sampling(steps=2, guidance=1.0)
     known = adapters.calibrate(["a cat"], {"ink": 1.0, "flat": 0.5}, sampling=sampling, rows=True)
@@ -158,6 +163,7 @@ def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapter
     assert any(isinstance(event, Noted) and "how far pictures are from both ends" in event.message for event in told)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     files: dict[str, Path], adapters: Adapters, tmp_path: Path
 ) -> None:
@@ -181,6 +187,7 @@ def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
         GenerateConfig(recipe=first.path, calibrate=True)
 
 
+@pytest.mark.slow
 def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adapters: Adapters) -> None:
     found = adapters.report()
     pipe, path = adapters.pipe, next(iter(found.sizes)).site
@@ -211,6 +218,7 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
     assert sum(one.change**2 for one in blocks if one.of == "ink" and one.change) == pytest.approx(norms["ink"] ** 2)
 
 
+@pytest.mark.slow
 def test_a_report_is_drawn_as_heat_maps(adapters: Adapters, tmp_path: Path) -> None:
     write(tmp_path / "meet.png", adapters.report())
     with Image.open(tmp_path / "meet.png") as drawn:
@@ -220,6 +228,7 @@ def test_a_report_is_drawn_as_heat_maps(adapters: Adapters, tmp_path: Path) -> N
         BlendConfig("a", adapter=("a", "b"), report="meet.txt")
 
 
+@pytest.mark.slow
 def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str, Path], adapters: Adapters) -> None:
     adapters.load(files["ink"], name="again")
     adapters.remove("flat")
@@ -252,6 +261,7 @@ def test_the_first_prompts_that_are_drawn_have_some_of_each_adapter(monkeypatch:
     assert taken == ["ink 1", "flat 1", "ink 2", "ink 3"]
 
 
+@pytest.mark.slow
 def test_what_adapters_add_to_outputs_is_what_layers_give_with_and_without_them(adapters: Adapters) -> None:
     sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
     found = adapters.report(["a cat"], seed=3, sampling=sampling)
@@ -280,6 +290,7 @@ def test_what_adapters_add_to_outputs_is_what_layers_give_with_and_without_them(
     assert [one for one in blocks if one.conflict is None] == []
 
 
+@pytest.mark.slow
 def test_suggested_strengths_leave_each_adapter_nearest_to_what_it_does_alone(adapters: Adapters) -> None:
     sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
     prompts = {"ink": ["a cat"], "flat": ["a red house by a lake"]}

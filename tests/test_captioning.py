@@ -39,6 +39,7 @@ def texts(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in sorted(root.rglob("*.txt"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blip", "blip with words", "florence"])
 def test_sentences_are_what_transformers_writes(kind: str, tmp_path: Path, folder: Path) -> None:
     said = {"blip": None, "blip with words": "a red", "florence": "<CAPTION>"}[kind]
@@ -55,6 +56,7 @@ def test_sentences_are_what_transformers_writes(kind: str, tmp_path: Path, folde
     assert sorted(path.suffix for path in folder.rglob("*") if path.is_file()) == [".jpg", ".png", ".png"] + [".txt"] * 3
 
 
+@pytest.mark.slow
 def test_tags_are_those_that_a_wd_tagger_is_sure_of(tmp_path: Path, folder: Path) -> None:
     """A list of tags beside the model makes it one of SmilingWolf's: squares on white, BGR, sigmoid, ratings left out."""
     rows = ["general,9", "1girl,0", "red_hat,0", "^_^,0", "mira_(game),4", "blue,0", "night,0"]
@@ -79,6 +81,7 @@ def test_tags_are_those_that_a_wd_tagger_is_sure_of(tmp_path: Path, folder: Path
     assert tags[0] == "mira (game)" and sorted(tags[1:]) == ["1girl", "^_^", "blue"]
 
 
+@pytest.mark.slow
 def test_a_classifier_of_one_kind_each_tells_its_label(tmp_path: Path, folder: Path) -> None:
     made = captioners.tagger(tmp_path / "model", {0: "a cat", 1: "a dog", 2: "a hat"}, several=False)
     model, processor = AutoModelForImageClassification.from_pretrained(made), ViTImageProcessor.from_pretrained(made)
@@ -90,6 +93,7 @@ def test_a_classifier_of_one_kind_each_tells_its_label(tmp_path: Path, folder: P
     assert (folder / "a.txt").read_text() == f"{model.config.id2label[best]}\n"
 
 
+@pytest.mark.slow
 def test_captions_that_are_there_stay(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = captioners.tagger(tmp_path / "model", {0: "cat", 1: "hat"})
     (folder / "a.txt").write_text("mine")
@@ -122,6 +126,7 @@ def test_whole_words_are_replaced(caption: str, find: str, replacement: str, wan
     assert replaced(caption, find, replacement) == want
 
 
+@pytest.mark.slow
 def test_edits_and_statistics(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.txt").write_text("1girl, red hat, solo\n")
     (folder / "b.caption").write_bytes("1girl, café, red hat".encode("cp1252"))
@@ -156,6 +161,7 @@ def test_what_cannot_be_done_is_told(flags: list[str], want: str, folder: Path, 
     assert want in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_folders_of_other_models_are_told(tmp_path: Path, folder: Path) -> None:
     place = tmp_path / "model"
     place.mkdir()

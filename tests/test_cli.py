@@ -41,6 +41,7 @@ def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate(("ink", "flat"))]
 
 
+@pytest.mark.slow
 def test_looking_around_imports_nothing_heavy() -> None:
     codes = [
         "import peft_diffusion",
@@ -124,6 +125,7 @@ def test_a_program_that_calls_main_keeps_its_own_log(
     assert [record.getMessage() for record in caplog.records] == ["the program's own"]
 
 
+@pytest.mark.slow
 def test_version_and_help() -> None:
     assert typed("--version").stdout.strip() == peft_diffusion.__version__
     told = typed("--help")
@@ -132,6 +134,7 @@ def test_version_and_help() -> None:
     assert all(flag in command("generate", "--help").stdout for flag in ("--adapter", "--config", "--debug", "--seeds"))
 
 
+@pytest.mark.slow
 def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     def told(*words: str) -> str:
         main(words)
@@ -142,6 +145,7 @@ def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest
     assert "Usage" not in told("runs", "--", "--help")  # a folder of this name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "train", "generate", "runs", "metadata", "strength"])
 def test_help_tells_what_cyclopts_reads(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -205,6 +209,7 @@ def test_settings_from_a_file_and_flags_over_them(files: list[Path], tmp_path: P
     assert [one["path"] for one in told["files"]] == [str(files[1])]
 
 
+@pytest.mark.slow
 def test_a_file_of_settings_holds_for_one_command(
     files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +288,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path
     assert all(recipe.read(path).prompt == "a cat" for path in made)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pipes break in another way there")
 def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
     reading, writing = os.pipe()

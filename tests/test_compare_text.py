@@ -64,6 +64,7 @@ def test_every_run_learns_and_is_counted(found: tuple[Comparison, Path]) -> None
     assert abs(lora.perplexity / theirs.perplexity - 1) < 0.05  # in a run of seconds, begun elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in compare_text.METHODS if name not in compare_text.OURS_ALONE])
 def test_what_peft_trains_is_what_ours_is(name: str, found: tuple[Comparison, Path]) -> None:
     import peft

@@ -91,6 +91,7 @@ def files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_hurts_is_weighed_less(kind: str, files: dict[str, Path], folder: Path) -> None:
     told = composition.read(files[kind])
@@ -106,6 +107,7 @@ def test_what_hurts_is_weighed_less(kind: str, files: dict[str, Path], folder: P
         plan(files[kind])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
     files: dict[str, Path], folder: Path, tiny_base: Path
 ) -> None:
@@ -137,6 +139,7 @@ def by_hand(pipe: Any, file: Path, prompt: str, seed: int, names: tuple[str, ...
     return latents / float(pipe.vae.config.scaling_factor)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_are_those_of_the_loop_written_out_in_batches_and_alone(
@@ -168,6 +171,7 @@ def test_pictures_are_those_of_the_loop_written_out_in_batches_and_alone(
             assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adapters_are_composed_for_a_pipeline_that_is_called_by_hand(
     files: dict[str, Path], folder: Path, tiny_base: Path
@@ -189,6 +193,7 @@ def test_adapters_are_composed_for_a_pipeline_that_is_called_by_hand(
         adapters.compose(files["strengths"], amounts={"oil": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sheet_of_composed_adapters_ends_with_each_alone(
     kind: str, files: dict[str, Path], folder: Path, tiny_pipe: Any, tmp_path: Path
@@ -220,6 +225,7 @@ def third(folder: Path, to: Path) -> list[str]:
     return [str(to / "third.safetensors")]
 
 
+@pytest.mark.slow
 def test_inspect_tells_what_a_composition_holds(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(files["strengths"]), str(files["gates"])]) == 0
     told = capsys.readouterr().out
@@ -244,6 +250,7 @@ def edited(file: Path, path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     """A missing adapter, another of its name, another base, and what is no composition."""
     moved = tmp_path / "moved.safetensors"
@@ -270,6 +277,7 @@ def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, t
         GenerateConfig("a cat", compose="learned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

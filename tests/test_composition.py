@@ -93,6 +93,7 @@ class ByHand:
         return scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compose", ["switch", "composite"])
 def test_pictures_are_those_of_the_loop_written_out(
     compose: Compose, files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,6 +133,7 @@ def test_pictures_are_those_of_the_loop_written_out(
     assert (expected - decoded[-1]).abs().max() > 1e-3  # the last was added, of another seed
 
 
+@pytest.mark.slow
 def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     cell = Cell("", 0, {"ink": 0.5, "off": 0.0, "flat": ByPart(1.0, {"unet": 0.5}), "oil": 1.0})
@@ -188,6 +190,7 @@ class KLoraByHand:
         return bool(content / self.gamma / (style * (1.5 * progress + 0.5)) > 1)
 
 
+@pytest.mark.slow
 def test_k_lora_is_its_published_rule_at_each_layer(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -220,6 +223,7 @@ def test_k_lora_is_its_published_rule_at_each_layer(
     assert all(slot.adapters.stored("ink") is not None for slot in slots)  # none was built for it
 
 
+@pytest.mark.slow
 def test_k_lora_leaves_layers_to_one_where_the_other_is_off(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     for file in files.values():
@@ -239,6 +243,7 @@ def test_k_lora_leaves_layers_to_one_where_the_other_is_off(files: dict[str, Pat
     assert strengths_of(tiny_pipe.text_encoder).scalar("flat").unique().tolist() == [0.5]
 
 
+@pytest.mark.slow
 def test_k_lora_takes_two_adapters_with_a_layer_in_common(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -287,6 +292,7 @@ def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:
         rows_of([Cell("", 0, {"ink": 1.0, "flat": -1.0})], "composite")
 
 
+@pytest.mark.slow
 def test_sheets_and_a_second_pass_compose_too(files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 2, "guidance": 1.0, "device": "cpu", "adapter": tuple(map(str, files.values()))}
     sheet = blend(
@@ -301,6 +307,7 @@ def test_sheets_and_a_second_pass_compose_too(files: dict[str, Path], tiny_pipe:
         assert generate(config, pipe=tiny_pipe)[0].image.size == (96, 96)
 
 
+@pytest.mark.slow
 def test_one_adapter_alone_is_nothing_to_compose(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def original(name: str, layers: int) -> str:
     return ".".join(parts if attends else [_RESNET.get(part, part) for part in parts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["sd", "xl"])
 @pytest.mark.parametrize("layout", ["diffusers.safetensors", "original.safetensors", "original.pth"])
 def test_a_controlnet_of_one_file_is_that_of_its_folder(
@@ -172,6 +173,7 @@ def test_a_control_steers_as_the_pipeline_of_diffusers(
     assert difference(image, made("a cat", **told).images[0]) <= 1 < 5 < difference(image, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "kind"), [("sd", "controlnet"), ("xl", "t2i-adapter"), ("sd", "ip-adapter")])
 def test_a_control_steers_fast_steps_too(
     models: dict[tuple[str, str], str], picture: Path, base: str, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +223,7 @@ def test_controls_go_with_adapters_pictures_second_passes_and_each_other(
         generate(replace(config, control=(control,)))
 
 
+@pytest.mark.slow
 def test_a_shown_picture_goes_on_to_count_where_guidance_has_ended(
     models: dict[tuple[str, str], str], picture: Path
 ) -> None:
@@ -252,6 +255,7 @@ def test_a_shown_picture_goes_on_to_count_where_guidance_has_ended(
         assert difference(image, pipe.image_processor.postprocess(pixels)[0]) <= 1
 
 
+@pytest.mark.slow
 def test_a_side_of_a_grid_is_the_scale(
     models: dict[tuple[str, str], str], picture: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +266,7 @@ def test_a_side_of_a_grid_is_the_scale(
     assert difference(row[2], drawn(make_pipe(), control.replace("@0.5", "@1.0"))) <= 1 < difference(row[1], row[2])
 
 
+@pytest.mark.slow
 def test_what_cannot_steer_is_refused_in_words(models: dict[tuple[str, str], str], picture: Path, tmp_path: Path) -> None:
     def refused(said: str, control: str, pipe: DiffusionPipeline | None = None) -> None:
         with pytest.raises(UserError, match=said):

@@ -112,6 +112,7 @@ def foreign(path: Path, width: int = 768, dtype: torch.dtype = torch.bfloat16) -
     return path
 
 
+@pytest.mark.slow
 def test_a_file_of_another_program_keeps_bits_and_metadata_and_becomes_no_file_of_ours(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors")
     told = {key: value for key, value in metadata(source).items() if key != "modelspec.hash_sha256"}
@@ -124,6 +125,7 @@ def test_a_file_of_another_program_keeps_bits_and_metadata_and_becomes_no_file_o
         assert pd.inspect(back).spec is None
 
 
+@pytest.mark.slow
 def test_names_of_each_layout_are_those_of_its_program(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors")
     sgm = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
@@ -174,6 +176,7 @@ def test_a_component_can_be_taken_alone_and_peft_gets_a_folder(tmp_path: Path) -
         run(source, tmp_path / "b.safetensors", component=("unett",))
 
 
+@pytest.mark.slow
 def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors")
     save_file(load_file(source) | {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)}, source)
@@ -182,6 +185,7 @@ def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_pa
     assert len(load_file(run(source, tmp_path / "b.safetensors", partial=True))) == 6
 
 
+@pytest.mark.slow
 def test_a_module_that_peft_saved_whole_becomes_its_change(tiny_base: Path, tmp_path: Path) -> None:
     pipe: Any = make_pipe()
     wrapped: Any = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_in"]))
@@ -199,6 +203,7 @@ def word_file(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_words_become_files_that_diffusers_and_a1111_read(tmp_path: Path) -> None:
     vectors = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
     source = word_file(tmp_path / "a.safetensors", {"bundle_emb.<ink>.clip_l": vectors})
@@ -226,6 +231,7 @@ def test_diffusers_learns_the_word_of_a_file(tiny_base: Path, tmp_path: Path) ->
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], vectors)
 
 
+@pytest.mark.slow
 def test_words_that_a_layout_cannot_hold_are_refused(tmp_path: Path) -> None:
     source = word_file(tmp_path / "ink.safetensors", {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)})
     with pytest.raises(UserError, match="for one text encoder from a file, and 'ink' is for 2"):
@@ -245,6 +251,7 @@ def test_words_that_a_layout_cannot_hold_are_refused(tmp_path: Path) -> None:
         run(word_file(tmp_path / "two.safetensors", words), tmp_path / "c.safetensors", to="embedding-a1111")
 
 
+@pytest.mark.slow
 def test_the_second_text_encoder_has_no_name_in_lycoris(tmp_path: Path) -> None:
     tensors = {
         f"lora_te2_{CLIP}.lora_down.weight": torch.ones(1, 1280),
@@ -257,6 +264,7 @@ def test_the_second_text_encoder_has_no_name_in_lycoris(tmp_path: Path) -> None:
     assert "clip_g.text_model.encoder.layers.0.self_attn.q_proj.lora_down.weight" in names
 
 
+@pytest.mark.slow
 def test_the_command_converts_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = foreign(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
@@ -285,6 +293,7 @@ def training(folder: Path, output: Path, **changes: Any) -> pd.TrainConfig:
     return pd.TrainConfig(folder=(folder,), output=output, run_dir=output.parent / "run", **settings | changes)
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter_model.safetensors"
     pd.train(training(one_picture, output, save_as="peft", save_dtype="bf16"), pipe=make_pipe())
@@ -293,6 +302,7 @@ def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path
     assert (tmp_path / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_layout_that_cannot_say_what_is_trained_is_told_before_the_first_step(one_picture: Path, tmp_path: Path) -> None:
     steps: list[object] = []
     for changes, words in (
@@ -364,6 +374,7 @@ def test_what_depends_on_the_base_asks_for_it_and_what_changes_no_weight_says_so
         run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to_lora=4)
 
 
+@pytest.mark.slow
 def test_words_and_biases_stay_as_they_are_beside_a_lora(tiny_base: Path, tmp_path: Path) -> None:
     for method, component in (("bitfit", "unet"), ("tokens", "text_encoder")):
         source = made(tmp_path / f"{method}.safetensors", method, component)
@@ -404,6 +415,7 @@ def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
     assert 0 < done.made.error < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 16])
 def test_a_pair_is_not_fitted_over_a_lora_of_the_file(rank: int, tiny_base: Path, tmp_path: Path) -> None:
     source, place = made(tmp_path / "a.safetensors", "prefix"), "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -416,6 +428,7 @@ def test_a_pair_is_not_fitted_over_a_lora_of_the_file(rank: int, tiny_base: Path
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_changes_no_weight_asks_for_the_base_to_fit_on(tmp_path: Path) -> None:
     base = pd.load_base("icons")
     part = components(base)["unet"]

@@ -940,6 +940,7 @@ def test_flips_are_entries_of_their_own(pictures: tuple[TrainingImage, ...], vae
     assert sorted(index for members in cache.groups.values() for index in members) == list(range(10))
 
 
+@pytest.mark.slow
 def test_cache_hit_equals_recompute(
     pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -960,6 +961,7 @@ def test_cache_hit_equals_recompute(
     assert same(flipped, cached(pictures, vae, flip=True))  # whatever else was encoded beside when the cache was filled
 
 
+@pytest.mark.slow
 def test_what_changes_a_latent_changes_its_key(
     pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path
 ) -> None:
@@ -1005,6 +1007,7 @@ def test_changed_pictures_and_bad_folders(pictures: tuple[TrainingImage, ...], v
         cached(pictures, vae)
 
 
+@pytest.mark.slow
 def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL) -> None:
     half = tiny_vae(0).half()
     exact = tiny_vae(0).half().float()

@@ -90,6 +90,7 @@ def test_cut_outs_lie_side_by_side_and_a_square_is_cut_once(tmp_path: Path) -> N
     assert crops == {"wide": [(0, 0, 64, 64), (64, 0, 128, 64), (128, 0, 192, 64)], "square": [(0, 0, 64, 64)]}
 
 
+@pytest.mark.slow
 def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(
     assert ready.held_out is not None and len(ready.held_out.captions) == 4
 
 
+@pytest.mark.slow
 def test_captions_come_from_where_the_data_set_says(tmp_path: Path) -> None:
     folder = draw(tmp_path / "tags", "red_hat", "blue_hat")
     (folder / "red_hat.tags").write_text("hat, red", "utf-8")
@@ -191,6 +193,7 @@ def _inner(one: Described) -> tuple[Any, Any, bool]:
     return one.single, one.setting.range, one.several
 
 
+@pytest.mark.slow
 def test_settings_of_the_run_that_a_data_set_needs_are_not_told_as_idle(tmp_path: Path) -> None:
     plain, others = (draw(tmp_path / name, name, caption="a, b") for name in ("plain", "others"))
     own = [pd.Dataset(plain, shuffle_tags=True), pd.Dataset(others, regularisation=True)]

@@ -56,6 +56,7 @@ def names_a_base(text: str) -> bool:
     return " " not in text and text not in SETTINGS and re.search(inside, text) is not None
 
 
+@pytest.mark.slow
 def test_no_other_file_names_a_family_or_a_component() -> None:
     found: list[tuple[str, int, str]] = []
     for path in OUTSIDE:

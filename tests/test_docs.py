@@ -140,6 +140,7 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), f"{link}: there are {sorted(anchors(target))}"
 
 
+@pytest.mark.slow
 @every_page
 def test_commands_can_be_typed(page: Path) -> None:
     for words in commands(page):
@@ -162,6 +163,7 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
     return () if given is None else tuple(pick(kind, given) for kind in COMMANDS[command])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["a red cat", "- one, it's two", "--recipe", "-n"])
 def test_the_command_that_a_run_proposes_can_be_typed_whatever_the_words(prompt: str) -> None:
     line = next_command("generate", prompt, {"adapter": "my ink.safetensors"}, ())
@@ -170,6 +172,7 @@ def test_the_command_that_a_run_proposes_can_be_typed_whatever_the_words(prompt:
     assert made.prompts == (prompt,) and made.adapter == ("my ink.safetensors",)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_wrong_is_found() -> None:
     for words in (["train", "pictures", "--colour", "red"], ["paint", "a cat"], ["train", "pictures", "--loss", "l7"]):
         with pytest.raises(Exception, match=r"colour|paint|l7"):
@@ -319,6 +322,7 @@ def test_the_site_lists_every_page() -> None:
     assert sorted(re.findall(r"[\w/-]+\.md", nav)) == sorted(pages)
 
 
+@pytest.mark.slow
 def test_the_references_list_every_flag() -> None:
     pytest.importorskip("mkdocs")
     made = runpy.run_path(str(DOCS / "hooks.py"))

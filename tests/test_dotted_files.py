@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "unet+text"])
 @pytest.mark.parametrize("case", CASES)
 def test_files_of_diffusers_mean_the_same(case: str, text: bool, tmp_path: Path) -> None:
@@ -93,6 +94,7 @@ def test_files_of_diffusers_mean_the_same(case: str, text: bool, tmp_path: Path)
     assert found.methods == ("lora",) and found.unknown == () and set(found.components) >= {"unet"}
 
 
+@pytest.mark.slow
 def test_a_file_without_metadata_has_the_rank_as_alpha(tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()
     with_peft(theirs, r=4, lora_alpha=4)
@@ -100,6 +102,7 @@ def test_a_file_without_metadata_has_the_rank_as_alpha(tmp_path: Path) -> None:
     torch.testing.assert_close(unet_output(ours), unet_output(theirs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_save_lora_adapter_writes_has_no_prefix(tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()
     with_peft(theirs, r=4, lora_alpha=8)
@@ -180,6 +183,7 @@ def assert_means_the_same(config: peft.PeftConfig, folder: Path, atol: float) ->
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OF_PEFT)
 def test_files_of_peft_mean_the_same(kind: str, tmp_path: Path) -> None:
     path = assert_means_the_same(OF_PEFT[kind], tmp_path, atol=2e-5)
@@ -191,6 +195,7 @@ def test_files_of_peft_mean_the_same(kind: str, tmp_path: Path) -> None:
         assert {alpha / 4 for alpha in found.alphas} == scales
 
 
+@pytest.mark.slow
 def test_a_file_of_peft_without_its_configuration_says_what_is_assumed(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(make_lm().lm, OF_PEFT["lora"])
     theirs.save_pretrained(tmp_path)
@@ -203,6 +208,7 @@ def test_a_file_of_peft_without_its_configuration_says_what_is_assumed(tmp_path:
             formats.load(path, make_lm())
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_said(tmp_path: Path) -> None:
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     down, up = torch.zeros(2, 64), torch.zeros(64, 2)
@@ -258,6 +264,7 @@ def test_what_is_no_adapter_is_still_none(tmp_path: Path) -> None:
 # Where peft means something else than the kohya layout.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [r".*\.proj_in", r".*down_blocks\.1\.resnets\.0\.conv[12]", r".*\.to_q"])
 def test_magnitudes_of_peft_are_per_output(layers: str, tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()
@@ -298,6 +305,7 @@ def test_a_beginning_that_changed_the_base_is_told(tmp_path: Path) -> None:
     assert "began with pissa, which changed the weights of its base" in warning
 
 
+@pytest.mark.slow
 def test_short_names_with_the_ends_of_peft_load(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a.safetensors", make_pipe(), parts=("unet",))
     ends = {"lora_down": "lora_A", "lora_up": "lora_B"}
@@ -307,6 +315,7 @@ def test_short_names_with_the_ends_of_peft_load(tmp_path: Path) -> None:
     assert one.report == two.report and one.components["unet"].keys() == two.components["unet"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_brought_to_our_form_without_rounding_again(dtype: torch.dtype, tmp_path: Path) -> None:
     """peft widens the factors of an (IA)3 and of whole LoKrs before it computes with them."""

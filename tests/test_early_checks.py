@@ -81,6 +81,7 @@ def test_what_needs_no_base_is_told_before_it_is_loaded(
             start(small(**{"folder": done / "pictures", "where": tmp_path, **changes}))
 
 
+@pytest.mark.slow
 def test_a_strength_over_steps_of_another_adapter_is_refused_before_the_base_is_loaded(
     done: Path, tmp_path: Path, unloaded: None
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_folder_without_pictures_is_told_before_the_base_is_loaded(tmp_path: P
         train(small(tmp_path / "pictures", tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -126,6 +128,7 @@ def test_a_resume_with_other_settings_is_told_before_the_base_is_loaded(
     assert {path: path.read_bytes() for path in again.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_resume_from_nothing_that_can_be_read_is_told_before_the_base_is_loaded(again: Path, unloaded: None) -> None:
     for path in (again / "run" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
@@ -133,6 +136,7 @@ def test_a_resume_from_nothing_that_can_be_read_is_told_before_the_base_is_loade
         train(small(again / "pictures", again, scheduler="constant", resume=True))
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_pictures_or_another_base_is_told_before_pictures_are_encoded(
     again: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +151,7 @@ def test_a_resume_with_other_pictures_or_another_base_is_told_before_pictures_ar
         train(config, pipe=make_pipe())
 
 
+@pytest.mark.slow
 def test_a_resume_on_other_text_is_told_before_the_base_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "a.txt"
     text.write_text("And it came to pass in those days. " * 60, "utf-8")
@@ -164,6 +169,7 @@ def test_a_resume_on_other_text_is_told_before_the_base_is_loaded(tmp_path: Path
         train_text(TextTrainConfig(texts=(text,), **settings))
 
 
+@pytest.mark.slow
 def test_what_does_nothing_beside_other_settings_is_told(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
     assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "pictures"), [(4, 4), (4, 1), (3, 8), (10, 2)])
 @pytest.mark.parametrize("truth", [0.6, 0.9, 0.97])
 def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(seeds: int, pictures: int, truth: float) -> None:
@@ -105,6 +106,7 @@ def test_the_interval_of_a_share_is_one_of_a_share() -> None:
 # Judges.
 
 
+@pytest.mark.slow
 def test_styles_are_told_by_drawings_that_the_judge_was_not_shown(icons: Judge, drawn: dict[str, list[Image.Image]]) -> None:
     known = Styles({name: icons.style(images[:6]) for name, images in drawn.items()})
     for name, images in drawn.items():
@@ -130,6 +132,7 @@ def test_likeness_goes_along_the_line_between_two_styles() -> None:
     assert known.likeness(given, "ink", "base").tolist() == pytest.approx([0.0, 1.0, 0.25, 1.5])
 
 
+@pytest.mark.slow
 def test_subjects_are_told_across_hands(icons: Judge, drawn: dict[str, list[Image.Image]]) -> None:
     words = [one.caption for one in scan(embedded("styles/openmoji")).pictures[:12]]
     subjects = [key_of(one.removeprefix("openmoji emoji of")) for one in words]
@@ -145,6 +148,7 @@ def test_subjects_are_told_across_hands(icons: Judge, drawn: dict[str, list[Imag
     assert trust is not None and trust[1] == 24 and trust[0] > 0.8
 
 
+@pytest.mark.slow
 def test_copies_are_found(icons: Judge, drawn: dict[str, list[Image.Image]]) -> None:
     copies = [one.resize((100, 100)) for one in drawn["openmoji"][:3]]
     marks = icons.marks(drawn["openmoji"])
@@ -175,6 +179,7 @@ def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _folder(tmp_path_factory.mktemp("evaluation") / "ink", range(4))
 
 
+@pytest.mark.slow
 def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     gallery = read_gallery(ink, "ink", tiny_pipe)
     assert gallery.words[0] == "ink drawing of"
@@ -213,6 +218,7 @@ def test_captions_become_prompts_as_they_did_in_training(
     assert prompt_of(caption, Spec(training=training, triggers=triggers)) == prompt
 
 
+@pytest.mark.slow
 def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     digests = [one.digest for one in scan(ink).pictures]
     told: list[Event] = []
@@ -248,6 +254,7 @@ def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_loss_is_what_the_network_answers_to_fixed_noise(
     files: dict[str, Path], ink: Path, tiny_pipe: DiffusionPipeline
@@ -326,6 +333,7 @@ def evaluated(
     return evaluate(config, observers=[told.append]), config, told
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, EvaluateConfig, list[Event]]) -> None:
     found, config, told = evaluated
     ink, flat = found.alone
@@ -350,6 +358,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert "Distance to training pictures" in page and "flat on" in page
 
 
+@pytest.mark.slow
 def test_copies_are_looked_for_among_all_that_was_trained_on(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -365,6 +374,7 @@ def test_copies_are_looked_for_among_all_that_was_trained_on(
     assert case.copies(of_all)["nearness"] == 0.0
 
 
+@pytest.mark.slow
 def test_interference_is_the_loss_with_both_on_over_that_alone(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], flat: Path
 ) -> None:
@@ -382,6 +392,7 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
     assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     """By a judge that sees mean colours alone, so that every figure is known."""
 
@@ -407,6 +418,7 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
     assert trust.styles == {"ink": (1.0, 4), BASE: (1.0, 3)} and trust.subjects is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
@@ -429,6 +441,7 @@ def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
         evaluate(EvaluateConfig(tuple(map(str, files.values())), **told))
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables(
     files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,6 +462,7 @@ def test_the_command_prints_tables(
 # CLIP and DINOv2.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "dino"])
 def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str, list[Image.Image]]) -> None:
     folder = judges_of_transformers.clip(tmp_path) if kind == "clip" else judges_of_transformers.dino(tmp_path)
@@ -474,6 +488,7 @@ def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str
         judge_of(kind, str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [make_xl_pipe, lambda: make_pipe(in_channels=9), lambda: make_pipe(prediction_type="v_prediction")]
 )

@@ -200,6 +200,7 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert all(0 <= event.done <= event.total for event in of(Progress, told))
 
 
+@pytest.mark.slow
 def test_the_steps_losses_and_measurements_of_a_run_are_told(watched: Watched) -> None:
     told = watched.told
     prepared, started = only(Prepared, told), only(Started, told)
@@ -215,6 +216,7 @@ def test_the_steps_losses_and_measurements_of_a_run_are_told(watched: Watched) -
     assert told.index(only(Trained, told)) > told.index(of(Step, told)[-1])
 
 
+@pytest.mark.slow
 def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     told, result = watched.told, watched.result
     previews = of(Preview, told)
@@ -236,12 +238,14 @@ def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     assert told[-1] == Ended("finished", result)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_console_comes_from_an_event(watched: Watched, text_told: tuple[list[Event], str]) -> None:
     for told, printed in ((watched.told, watched.console.export_text()), text_told):
         assert printed.splitlines() == [line for event in told for line in event.lines()]
         assert printed.count("\n") > 10
 
 
+@pytest.mark.slow
 def test_the_record_holds_what_was_told_before_the_first_step(watched: Watched) -> None:
     facts = json.loads((watched.result.run_dir / "run.json").read_text("utf-8"))
     begun = watched.told.index(only(Started, watched.told))
@@ -251,6 +255,7 @@ def test_the_record_holds_what_was_told_before_the_first_step(watched: Watched) 
     assert facts["state"] == "finished" and facts["figures"]["seconds"] == watched.result.seconds
 
 
+@pytest.mark.slow
 def test_text_is_told_of_as_pictures_are(text_told: tuple[list[Event], str]) -> None:
     told, _ = text_told
     assert only(LanguageModelLoaded, told).context == 48 and only(DataRead, told).data == "text"
@@ -386,6 +391,7 @@ def test_a_run_that_is_stopped_while_pictures_are_read_writes_nothing(tmp_path: 
     assert not (tmp_path / "run").exists() and not of(Fingerprinted, told) and ended(told).state == "stopped"
 
 
+@pytest.mark.slow
 def test_a_search_for_rates_stops_after_the_present_step(tmp_path: Path) -> None:
     stop = threading.Event()
     told: list[Event] = []
@@ -443,6 +449,7 @@ def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, c
     assert (result.run_dir / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_an_observer_that_ends_the_program_ends_the_run_and_the_record_says_so(tmp_path: Path) -> None:
     def leave(event: Event) -> None:
         if isinstance(event, Step) and event.step == 2:
@@ -455,6 +462,7 @@ def test_an_observer_that_ends_the_program_ends_the_run_and_the_record_says_so(t
     assert not Adapters(pipe).names
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_tells_of_it_last_whether_it_had_begun_or_not(tmp_path: Path) -> None:
     told: list[Event] = []
     pictures = draw_pictures(tmp_path / "pictures", 4)
@@ -524,6 +532,7 @@ def test_a_service_that_draws_twice_loads_the_base_once(
     assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
 
 
+@pytest.mark.slow
 def test_drawing_stops_between_batches_and_keeps_what_was_drawn(tiny_base: Path, ink: Path, tmp_path: Path) -> None:
     pipe, stop, told = load_base(str(tiny_base), device="cpu"), threading.Event(), []
 
@@ -547,6 +556,7 @@ def test_drawing_stops_between_batches_and_keeps_what_was_drawn(tiny_base: Path,
     assert not (tmp_path / "sheet.png").exists() and not Adapters(pipe).names
 
 
+@pytest.mark.slow
 def test_a_lent_base_that_carries_adapters_is_refused_and_kept(tiny_base: Path, ink: Path, tmp_path: Path) -> None:
     pipe = load_base(str(tiny_base), device="cpu")
     adapters = Adapters(pipe)
@@ -562,6 +572,7 @@ def test_a_lent_base_that_carries_adapters_is_refused_and_kept(tiny_base: Path, 
     assert not adapters.names
 
 
+@pytest.mark.slow
 def test_texts_are_told_of_and_a_lent_model_is_given_back(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("the ox is swift and the hen is bold. " * 40, "utf-8")
     places: dict[str, Any] = {"output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run", "device": "cpu"}

@@ -47,6 +47,7 @@ def task_of(pipe: DiffusionPipeline, folder: Path, tmp_path: Path, **changes: An
     return DiffusionTask(pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sdxl_is_told_what_its_pipeline_tells_it(pictures: Path, tmp_path: Path) -> None:
     pipe = make_xl_pipe()
@@ -68,6 +69,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(pictures: Path, tmp_path: Path)
     assert told.added["text_embeds"].shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_the_sizes_of_a_wide_picture_are_those_before_the_crop(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -105,6 +107,7 @@ def test_sdxl_trains_both_text_encoders_and_generates(prediction: str, pictures:
     assert with_it.size == (64, 64) and with_it.tobytes() != without.tobytes()
 
 
+@pytest.mark.slow
 def test_sdxl_with_a_frozen_text_side_learns_as_with_one_that_is_encoded_anew(pictures: Path, tmp_path: Path) -> None:
     cached = task_of(make_xl_pipe(), pictures, tmp_path)
     anew = task_of(make_xl_pipe(), pictures, tmp_path)
@@ -157,6 +160,7 @@ def test_inpainting_bases_train_and_generate(kind: str, pictures: Path, tmp_path
     assert with_it.size == (64, 64) and with_it.tobytes() != without.tobytes()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictures: Path, tmp_path: Path) -> None:
@@ -194,6 +198,7 @@ def test_masks_are_drawn_from_the_picture_alone() -> None:
     assert not torch.equal(inpainting_masks.mask("a", 2, 40, 24), inpainting_masks.mask("b", 2, 40, 24))
 
 
+@pytest.mark.slow
 def test_masked_latents_are_found_again_on_disk(pictures: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = task_of(make_pipe(in_channels=9), pictures, tmp_path / "1", cache=cache).train.latents

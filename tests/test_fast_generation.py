@@ -110,6 +110,7 @@ def assert_alike(pair: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(*pair, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_a_fast_step_is_the_plain_one(make: Make, method: str, device: str) -> None:
@@ -127,6 +128,7 @@ def test_a_fast_step_is_the_plain_one(make: Make, method: str, device: str) -> N
     assert (idle[0] - found[0]).abs().max() > 1e-3  # the adapters did something
 
 
+@pytest.mark.slow
 def test_what_adapters_do_meanwhile_is_followed(device: str) -> None:
     network = make_pipe().unet.to(device)
     kinds = [type(one) for one in network.modules()]
@@ -160,6 +162,7 @@ def test_what_adapters_do_meanwhile_is_followed(device: str) -> None:
     assert [type(one) for one in network.modules()] == kinds
 
 
+@pytest.mark.slow
 def test_the_only_adapter_is_exchanged_without_another_recording(device: str) -> None:
     network = make_pipe().unet.to(device)
     carry(network, "a")
@@ -173,6 +176,7 @@ def test_the_only_adapter_is_exchanged_without_another_recording(device: str) ->
     assert engine.recordings == first and not torch.equal(one, other[0])
 
 
+@pytest.mark.slow
 def test_strengths_that_are_learned_are_read_by_the_plain_network(device: str) -> None:
     network = make_pipe().unet.to(device)
     carry(network, "style")
@@ -192,6 +196,7 @@ def test_strengths_that_are_learned_are_read_by_the_plain_network(device: str) -
     assert (before - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_another_prompt_and_one_written_anew_are_told(device: str) -> None:
     network = make_pipe().unet.to(device)
     drawing.start(network)
@@ -208,6 +213,7 @@ def test_another_prompt_and_one_written_anew_are_told(device: str) -> None:
     assert_alike(both(network, wide))
 
 
+@pytest.mark.slow
 def test_the_network_is_afterwards_as_it_was() -> None:
     network = make_xl_pipe().unet
     before = {name: (tensor.stride(), tensor.clone()) for name, tensor in network.state_dict().items()}
@@ -245,6 +251,7 @@ def test_what_cannot_be_served_is_computed_as_before_and_told(spoil: Callable[[A
     assert "gradients" in (engine.refused or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.8, [0.2, 0.9], Schedule([0, 1]), [0.0, 0.0]], ids=str)
 def test_a_pipeline_draws_the_same_picture(strength: Any, device: str, lora_file: Path) -> None:
     pipe = make_pipe().to(device)

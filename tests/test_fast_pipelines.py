@@ -110,6 +110,7 @@ def latents(pipe: Any, given: dict[str, Any], steps: int = 3) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MADE)
 def test_a_pipeline_gives_the_same_latents(make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, given = make()
@@ -152,6 +153,7 @@ def _modules(part: Any) -> list[torch.nn.Module]:
     return list(part.modules()) if isinstance(part, torch.nn.Module) else []
 
 
+@pytest.mark.slow
 def test_what_a_part_is_told_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     tape(monkeypatch)
     pipe = make_pipe()
@@ -174,6 +176,7 @@ def test_what_a_part_is_told_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) 
     assert not torch.equal(one, other) and not adapters.plain_parts
 
 
+@pytest.mark.slow
 def test_memory_that_is_scarce_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     tape(monkeypatch)
     monkeypatch.setattr("peft_diffusion.fast.parts._roomy", lambda device: False)
@@ -212,6 +215,7 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
     assert type(kept) is cls
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tape(monkeypatch)
     kernels = Collecting(tmp_path / "cache")

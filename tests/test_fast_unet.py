@@ -90,6 +90,7 @@ def test_the_modules_are_fused_inside_and_afterwards_as_they_were() -> None:
     assert [type(one) for one in unet.modules()] == before and checksum({"unet": unet}) == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "biases", "all"])
 def test_the_timestep_is_read_by_one_product(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = unet_with("lora", torch.float32)
@@ -152,6 +153,7 @@ def test_order_processors_and_bytes_come_back_after_an_error_too() -> None:
         assert tensor.stride() == before[name][0] and torch.equal(tensor, before[name][1])
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_gradients() -> None:
     unet = unet_with("lora", torch.float32)
     with channels_last(unet), swapped(unet):
@@ -161,6 +163,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(gradients(unet), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_unet_keeps_less() -> None:
     unet = unet_with("lora", torch.float32)
 

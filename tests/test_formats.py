@@ -83,6 +83,7 @@ def test_diffusers_draws_the_same_picture(tmp_path: Path, target: str, parts: tu
     assert np.abs(picture(ours) - picture(theirs)).max() <= 1
 
 
+@pytest.mark.slow
 def test_alpha_that_is_not_the_rank_means_the_same_to_diffusers_on_the_unet(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), alpha=2.0, parts=("unet",))
     ours, theirs = make_pipe(), make_pipe()
@@ -129,6 +130,7 @@ def test_sdxl_files_name_both_encoders() -> None:
         assert isinstance(module, torch.nn.Linear)
 
 
+@pytest.mark.slow
 def test_no_two_modules_of_the_true_architectures_share_a_name() -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -151,6 +153,7 @@ def test_no_two_modules_of_the_true_architectures_share_a_name() -> None:
     assert sum(len(paths_by_name(component, module)) for component, module in parts.items()) > 1500
 
 
+@pytest.mark.slow
 def test_half_precision_files_of_other_programs_load(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), parts=("unet",))
     tensors = {key: value.half() for key, value in load_file(path).items()}
@@ -161,6 +164,7 @@ def test_half_precision_files_of_other_programs_load(tmp_path: Path, tiny_pipe: 
     assert {a.scale for a in loaded.components["unet"].values()} == {1.0}
 
 
+@pytest.mark.slow
 def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
     tensors = load_file(path)
@@ -173,6 +177,7 @@ def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path: Path, 
         formats.load(tmp_path / "more.safetensors", tiny_pipe, strict=True)
 
 
+@pytest.mark.slow
 def test_a_base_that_the_adapter_was_not_made_for_is_named(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
     other = make_pipe(seed=1, width=48)
@@ -237,6 +242,7 @@ def test_headers_that_lie_are_refused(
         formats.load(path, tiny_pipe)
 
 
+@pytest.mark.slow
 def test_nan_is_refused_by_name(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
@@ -246,6 +252,7 @@ def test_nan_is_refused_by_name(tmp_path: Path, tiny_pipe: DiffusionPipeline) ->
         formats.load(tmp_path / "nan.safetensors", tiny_pipe)
 
 
+@pytest.mark.slow
 def test_a_pickle_is_read_as_weights_only(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
     torch.save({"state_dict": tensors}, tmp_path / "ink.pt")
@@ -346,6 +353,7 @@ def test_metadata_that_is_damaged_is_said_to_be(tmp_path: Path, tiny_pipe: Diffu
             read(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_the_ending_may_be_written_large(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a.safetensors", make_pipe()).rename(tmp_path / "A.SAFETENSORS")
     assert formats.load(path, make_pipe()).spec.triggers == ("ink style",)
@@ -373,6 +381,7 @@ def test_what_does_not_concern_both_is_not_compared(tmp_path: Path) -> None:
 # Embeddings of other programs.
 
 
+@pytest.mark.slow
 def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path: Path) -> None:
     pipe = make_pipe()
     site.attach(pipe.text_encoder, "w", with_initial_tokens(pipe, "text_encoder", SoftPrompt(2, "cat")), "tokens")

@@ -98,6 +98,7 @@ def test_every_scheduler_draws_and_is_put_back(tiny_pipe: DiffusionPipeline) -> 
         assert all(difference(picture, other) > 0 for key, other in drawn.items() if key != name), name
 
 
+@pytest.mark.slow
 def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
     seen: list[Event] = []
     cells = [Cell("a cat", seed, {}) for seed in range(3)]
@@ -133,6 +134,7 @@ def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path
     assert all(difference(half[0][n], other[0][n]) > 0 for other in (whole, none) for n in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_guidance_stops_where_a_picture_is_made_anew(make: Make, tmp_path: Path, masked: bool) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "source.png")
@@ -174,6 +176,7 @@ def test_shares_pass_all_of_each_adapter() -> None:
     assert all(sum(mix) == pytest.approx(1) for mix in shares(4, 9))
 
 
+@pytest.mark.slow
 def test_the_picture_is_made_again_from_its_own_recipe(make: Make, ink: Path, tmp_path: Path) -> None:
     options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128, "guidance_stop": 0.6}
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png", **options)[0]
@@ -184,6 +187,7 @@ def test_the_picture_is_made_again_from_its_own_recipe(make: Make, ink: Path, tm
     assert first.image.size == (128, 64)
 
 
+@pytest.mark.slow
 def test_a_recipe_finds_its_adapters_by_their_bytes(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     used = tmp_path / "used.safetensors"
     used.write_bytes(ink.read_bytes())
@@ -196,6 +200,7 @@ def test_a_recipe_finds_its_adapters_by_their_bytes(make: Make, ink: Path, flat:
     assert difference(found.image, first.image) == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_is_not_used_on_another_base_or_overridden(make: Make, other_base: Path, tmp_path: Path) -> None:
     first = make(output=tmp_path / "a.png")[0]
     with pytest.raises(UserError, match="was made with base 'tiny'"):
@@ -221,6 +226,7 @@ def with_free_u(pipe: DiffusionPipeline) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -242,6 +248,7 @@ def test_a_recipe_is_drawn_by_what_drew_it_or_refused(
     assert difference(generate(again, pipe=tiny_pipe)[0].image, first.image) == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_is_drawn_in_its_own_dtype_and_another_is_told(make: Make, tmp_path: Path) -> None:
     first = make(precision="bfloat16", output=tmp_path / "a.png")[0]
     config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
@@ -256,6 +263,7 @@ def test_a_recipe_is_drawn_in_its_own_dtype_and_another_is_told(make: Make, tmp_
     )
 
 
+@pytest.mark.slow
 def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Path) -> None:
     options = {"seed": 3, "scheduler": "dpm++-karras", "negative": "a dog", "guidance": 6.5}
     picture = make("a café", adapter=(f"{ink}=0.5",), output=tmp_path / "a.png", **options)[0]
@@ -278,6 +286,7 @@ def a1111(line: str) -> dict[str, str]:
     return {name: json.loads(value) if value.startswith('"') else value for name, value in found}
 
 
+@pytest.mark.slow
 def test_parameters_name_each_adapter_once_and_quote_what_parts_values(make: Make, ink: Path, tmp_path: Path) -> None:
     others = [tmp_path / "x" / "ink.safetensors", tmp_path / "a, b: <c>.safetensors"]
     others[0].parent.mkdir()
@@ -304,6 +313,7 @@ SYNTAXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "words", "said"), [(prompt, *told) for prompt, told in SYNTAXES.items()])
 def test_instructions_of_other_programs_are_told_and_not_drawn(
     tiny_pipe: DiffusionPipeline, prompt: str, words: str, said: str
@@ -328,12 +338,14 @@ def test_words_that_look_alike_are_left(prompt: str) -> None:
     assert words_of(prompt) == (prompt, (), ())
 
 
+@pytest.mark.slow
 def test_brackets_that_were_letters_are_letters_for_a1111_too(make: Make, tmp_path: Path) -> None:
     letters = {"negative": "(y)", "steps": 1, "prompt_weights": "none"}
     told = make(r"a \(red:1.4\) cat (x) [V]", output=tmp_path / "a.png", **letters)[0].recipe.parameters()
     assert told.split("\n")[:2] == [r"a \(red:1.4\) cat \(x\) \[V\]", r"Negative prompt: \(y\)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -355,6 +367,7 @@ def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[s
         recipe.read(tmp_path / "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -401,6 +414,7 @@ def test_a_picture_does_not_choose_what_is_fetched_or_loaded(
     assert asked == [True] and again.image.tobytes() == first.image.tobytes()
 
 
+@pytest.mark.slow
 def test_only_the_named_file_is_replaced(make: Make, tmp_path: Path) -> None:
     named = tmp_path / "a.png"
     named.write_bytes(b"old")
@@ -438,6 +452,7 @@ def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> N
         sampler.size(describe(tiny_pipe), Sampling(width=16000, height=16000))
 
 
+@pytest.mark.slow
 def test_a_missing_trigger_is_noted(make: Make, ink: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "peft_diffusion"):
         make("an INK STYLE cat", adapter=(str(ink),))
@@ -484,6 +499,7 @@ def test_a_sheet_refuses_labels_that_do_not_match() -> None:
             sheet.grid(*arguments)
 
 
+@pytest.mark.slow
 def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, other_base: Path, tmp_path: Path) -> None:
     other = make_adapter(tmp_path / "other.safetensors", other_base, 3)
     a, b, c = map(formats.inspect, (ink, flat, other))
@@ -504,6 +520,7 @@ def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, othe
     assert compare(a, xl).verdict == "no"
 
 
+@pytest.mark.slow
 def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) -> None:
     from peft_diffusion.bases import checksum, components
 
@@ -516,6 +533,7 @@ def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) ->
     assert checksum(components(pipe)) == before
 
 
+@pytest.mark.slow
 def test_a_recipe_has_the_adapters_of_strength_0_too(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(str(ink), f"{flat}=0"), output=tmp_path / "a.png")[0]
     assert [used.strength for used in recipe.read(first.path).adapters] == [1.0, 0.0]
@@ -580,6 +598,7 @@ def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_s
         assert difference(again.image, first.image) == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_tells_the_scheduler_that_drew(of_noise: Path) -> None:
     pipe = load_base(str(of_noise.parent / "base"), device="cpu")
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
@@ -590,6 +609,7 @@ def test_a_recipe_tells_the_scheduler_that_drew(of_noise: Path) -> None:
         assert told.sampler == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"guidance": 1e308}, {"strength": 1e30}])
 def test_what_came_out_as_nan_is_an_error_and_not_written(
     make: Make, ink: Path, tmp_path: Path, wrong: dict[str, Any]
@@ -600,6 +620,7 @@ def test_what_came_out_as_nan_is_an_error_and_not_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_more_steps_than_noise_levels_are_refused(make: Make) -> None:
     for scheduler in ("ddim", None):
         with pytest.raises(UserError, match="steps must be at most 1000"):
@@ -625,6 +646,7 @@ def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path: Path) -> No
     assert len(set(_distinct([tmp_path / "style.safetensors", tmp_path / "style.pt"]))) == 2
 
 
+@pytest.mark.slow
 def test_a_header_is_read_whatever_the_capitals_of_its_ending(ink: Path, tmp_path: Path) -> None:
     for ending, bad in (("SAFETENSORS", True), ("st", True), ("PT", False)):
         path = tmp_path / f"bad.{ending}"

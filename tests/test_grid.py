@@ -38,6 +38,7 @@ def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, t
     assert made.pictures[0][0].tobytes() != made.pictures[0][1].tobytes() != made.pictures[0][2].tobytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_for_few_steps_that_a_prompt_names_is_drawn_as_by_a_call_of_its_own(
     tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[
         GridConfig("a cat", **sides).check()
 
 
+@pytest.mark.slow
 def test_sides_have_the_names_of_a1111_unless_an_adapter_has_them(tiny_base: Path, tmp_path: Path) -> None:
     config = GridConfig("a cat", x="CFG Scale=3,4", y="Prompt S/R=cat,dog", z="Sampler=Euler a")
     (row, other), columns = config.rows(config.plain()), config.columns
@@ -84,6 +86,7 @@ def test_sides_have_the_names_of_a1111_unless_an_adapter_has_them(tiny_base: Pat
     assert [one.choices[0].strength for one in row.cells] == [0.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "values"),
     [  # the first four as A1111's wiki has them, "X/Y/Z plot"
@@ -116,6 +119,7 @@ def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return (torch.sin((1.0 - val) * omega) / so).unsqueeze(1) * low + (torch.sin(val * omega) / so).unsqueeze(1) * high
 
 
+@pytest.mark.slow
 def test_a_variation_starts_from_the_noise_of_two_seeds_as_in_a1111(tiny_pipe: DiffusionPipeline) -> None:
     seen: list[torch.Tensor] = []
     hook = tiny_pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))

@@ -41,6 +41,7 @@ def begun_as_in_a1111(
     return begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [one for one in UPSCALERS if one != "lanczos"])
 def test_the_second_pass_begins_as_that_of_a1111(tiny_pipe: DiffusionPipeline, name: str) -> None:
     """A1111's ``sample_hr_pass`` and ``setup_img2img_steps``; the latents of the first pass are those of a plain call."""
@@ -57,6 +58,7 @@ def test_the_second_pass_begins_as_that_of_a1111(tiny_pipe: DiffusionPipeline, n
     torch.testing.assert_close(seen[3][0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_lanczos_enlarges_the_picture_and_a_batch_changes_nothing(make: Any) -> None:
     pipe = make()
@@ -85,6 +87,7 @@ def test_exactly_the_steps_that_were_asked_for_are_taken(strength: float) -> Non
         assert min(int(hires.planned * hires.begins), hires.planned) == steps  # diffusers'
 
 
+@pytest.mark.slow
 def test_a_variation_is_in_the_noise_of_both_passes(tiny_pipe: DiffusionPipeline) -> None:
     """At a share of 1 a picture is that of the variation's seed, whatever its own is."""
     told: dict[str, Any] = {"steps": 2, "hires": 1.5, "scheduler": "ddim"}
@@ -95,6 +98,7 @@ def test_a_variation_is_in_the_noise_of_both_passes(tiny_pipe: DiffusionPipeline
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_where_the_noise_is(tiny_base: Path, tmp_path: Path) -> None:
     """In the second pass a schedule is where its noise level is among the steps from pure noise."""
     pipe = DiffusionPipeline.from_pretrained(tiny_base)
@@ -114,6 +118,7 @@ def test_a_schedule_goes_on_where_the_noise_is(tiny_base: Path, tmp_path: Path) 
     assert found == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.5, 0.75, 1])
 
 
+@pytest.mark.slow
 def test_progress_goes_over_both_passes(tiny_pipe: DiffusionPipeline) -> None:
     seen: list[Event] = []
     cells = [Cell("a cat", seed, {}) for seed in range(2)]
@@ -122,6 +127,7 @@ def test_progress_goes_over_both_passes(tiny_pipe: DiffusionPipeline) -> None:
     assert told == [(number, 6) for number in range(1, 7)]
 
 
+@pytest.mark.slow
 def test_a_recipe_has_the_second_pass_and_makes_it_again(tiny_base: Path, tmp_path: Path) -> None:
     file = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1)
     common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu"}
@@ -164,6 +170,7 @@ def test_what_no_second_pass_can_be_is_refused(told: dict[str, Any], said: str) 
         GenerateConfig("a cat", **told)
 
 
+@pytest.mark.slow
 def test_what_a_base_cannot_draw_twice_is_refused_before_anything_is_drawn(tiny_pipe: DiffusionPipeline) -> None:
     def refused(pipe: DiffusionPipeline, said: str, **told: Any) -> None:
         with pytest.raises(UserError, match=said):

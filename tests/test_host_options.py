@@ -72,6 +72,7 @@ def told(pipe: DiffusionPipeline, **options: object) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ink", "said"])
 def test_the_scale_of_cross_attention_is_refused_wherever_the_adapter_sits(
     name: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -89,6 +90,7 @@ def test_the_scale_of_cross_attention_is_refused_wherever_the_adapter_sits(
     assert np.array_equal(tiny_pipe("a cat", num_inference_steps=1, output_type="np", **given).images, before)
 
 
+@pytest.mark.slow
 def test_fused_projections_are_refused_unless_they_hold_the_adapters(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -117,6 +119,7 @@ def test_fused_projections_are_refused_unless_they_hold_the_adapters(
     assert torch.equal(told(tiny_pipe), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
 def test_layers_that_are_cast_for_each_call_keep_adapters_in_full(
     stored: torch.dtype, files: dict[str, Path], tiny_pipe: DiffusionPipeline, caplog: pytest.LogCaptureFixture
@@ -178,6 +181,7 @@ def test_offloading_after_a_load_draws_sets_and_merges_the_same_or_is_refused(
     assert torch.equal(told(tiny_pipe), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ink", "said"])
 def test_a_load_after_sequential_offloading_is_refused_in_words(
     name: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -231,6 +235,7 @@ def sparing(adapters: Adapters, **options: Any) -> tuple[np.ndarray, dict[str, A
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", SPARING)
 def test_a_card_of_little_memory_draws_the_same_picture(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +253,7 @@ def test_a_card_of_little_memory_draws_the_same_picture(
     assert np.abs(found - wanted).max() <= (1 if way != "tiled" else 255) and np.abs(found - wanted).mean() < 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["model", "group", "sequential"])
 def test_adapters_come_and_go_between_the_pictures_of_a_base_that_is_offloaded(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +276,7 @@ def test_adapters_come_and_go_between_the_pictures_of_a_base_that_is_offloaded(
     assert {own.device.type for part in parts for own in part.parameters()} == {"cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["sequential", "leaf"])
 def test_when_the_hooks_are_off_again_adapters_can_be_loaded_and_removed(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -303,6 +310,7 @@ def test_what_spares_no_memory_is_refused(tiny_pipe: DiffusionPipeline) -> None:
 TARGETS = {"bitfit": "all-linear", "bottleneck": "sublayers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("prefix", "prompt", "tokens")])
 def test_every_method_runs_under_sequential_offloading(method: str, tiny_pipe: DiffusionPipeline) -> None:
     site.attach(tiny_pipe.unet, "a", METHODS[method](), TARGETS.get(method, "attention"))
@@ -330,6 +338,7 @@ def test_a_method_that_reads_a_weight_of_another_layer_refuses_sequential_offloa
         told(tiny_pipe)
 
 
+@pytest.mark.slow
 def test_what_is_loaded_in_inference_mode_is_set_and_trained_outside_of_it(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -358,6 +367,7 @@ def drawn(pipe: DiffusionPipeline, prompts: list[str], each: int = 1, **options:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pag", "guidance"), [(3.0, 5.0), (3.0, 1.0)])
 def test_strengths_per_image_under_perturbed_attention_are_those_of_separate_runs(
     pag: float, guidance: float, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -377,6 +387,7 @@ def test_strengths_per_image_under_perturbed_attention_are_those_of_separate_run
         drawn(pipe, said[:1], **options)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_takes_strengths_for_the_images_of_each_prompt(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -393,6 +404,7 @@ def test_a_text_encoder_takes_strengths_for_the_images_of_each_prompt(
         drawn(tiny_pipe, said, 2)
 
 
+@pytest.mark.slow
 def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +441,7 @@ def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], 
     assert torch.allclose(told(both), told(folded), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_others_change_after_a_merge_is_not_undone_with_it(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:

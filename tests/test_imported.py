@@ -69,6 +69,7 @@ def of_file(place: Path, file: Path) -> Prepared:
     return prepared(place, dataset=found.dataset, resolution=None)
 
 
+@pytest.mark.slow
 def test_a_dataset_file_of_kohya_is_read_by_its_rules(tmp_path: Path) -> None:
     draw(tmp_path / "hoge", "a", size=(128, 64))
     draw(tmp_path / "hoge" / "5_inner", "deep")  # sd-scripts reads no folders in an image_dir
@@ -95,6 +96,7 @@ def test_a_dataset_file_of_kohya_is_read_by_its_rules(tmp_path: Path) -> None:
     assert len(with_datasets(pd.TrainConfig(dataset_config=file, prior_target="noise"))[1]) == 1
 
 
+@pytest.mark.slow
 def test_a_dataset_file_trains_as_it_is_and_the_run_keeps_what_it_said(tmp_path: Path) -> None:
     for name in ("hoge", "fuga", "reg"):
         draw(tmp_path / name, name)
@@ -163,6 +165,7 @@ def concept(
     return {**usual, "image": images | (image or {}), "text": texts | (text or {}), **more}
 
 
+@pytest.mark.slow
 def test_concepts_of_onetrainer_are_read_by_its_rules(tmp_path: Path) -> None:
     plain = draw(tmp_path / "plain", "a", caption="a hat")
     named = draw(tmp_path / "named", "red_hat", "old_shoe")
@@ -425,6 +428,7 @@ def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
         imported(tmp_path, file)
 
 
+@pytest.mark.slow
 def test_the_command_lists_what_has_no_counterpart_and_its_file_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -439,6 +443,7 @@ def test_the_command_lists_what_has_no_counterpart_and_its_file_trains(
     assert f"there is no folder {tmp_path / 'train'}" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_data_set_by_flag_file_and_name_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run.toml"
     run.write_text('[[dataset]]\nfolder = "no such"\nresolution = [64, 32]\nflip = true\ncaption = """a\nb"""\n', "utf-8")

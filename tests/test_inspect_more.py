@@ -80,6 +80,7 @@ def test_the_model_of_a_file_is_named(case: str, tmp_path: Path) -> None:
     assert found.origin.name == name and found.leftovers == {}
 
 
+@pytest.mark.slow
 def test_a_file_for_another_model_says_so_where_it_is_loaded(tmp_path: Path) -> None:
     for name, case in (("a", "kohya, Flux"), ("b", "OneTrainer, Flux"), ("c", "diffusers, Wan")):
         save_file(MODELS[case][0], tmp_path / f"{name}.safetensors")
@@ -141,6 +142,7 @@ def test_words_tags_hashes_and_methods_are_told_by_the_command(tmp_path: Path) -
 FILES = ("a.safetensors", "a.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_norms_are_those_of_the_changes(name: str, tmp_path: Path) -> None:
     """Against the products written out, with alpha, for layers, convolutions, whole changes, norms and LoKr."""
@@ -179,6 +181,7 @@ def test_norms_are_those_of_the_changes(name: str, tmp_path: Path) -> None:
     assert found["d"].bias == pytest.approx(float(bias.norm()))
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_dora_is_known_with_its_base(tiny_base: Path, tmp_path: Path) -> None:
     generator, site = torch.Generator().manual_seed(4), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     down, up = torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator)
@@ -192,6 +195,7 @@ def test_the_norm_of_a_dora_is_known_with_its_base(tiny_base: Path, tmp_path: Pa
     assert f"{float(change.norm()):.4g}" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_weight_that_takes_the_place_of_the_bases_is_that_of_their_difference(
     tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +231,7 @@ STRANGERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRANGERS)
 def test_what_a_folder_holds_beside_adapters_is_named(kind: str, tmp_path: Path) -> None:
     shapes, said = STRANGERS[kind]

@@ -138,6 +138,7 @@ def test_diffusers_reads_xl(layout: str, tmp_path: Path) -> None:
     assert_equal_files(path, saved(tmp_path / "b.safetensors", make_xl_pipe(), "kohya", methods), make_xl_pipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xl", [False, True], ids=["sd", "xl"])
 def test_the_original_has_a_name_for_all_that_other_methods_change_too(xl: bool, tmp_path: Path) -> None:
     make = make_xl_pipe if xl else make_pipe
@@ -166,6 +167,7 @@ FOR_PEFT: dict[str, Targets] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FOR_PEFT)
 def test_peft_reads_its_layout(case: str, tmp_path: Path) -> None:
     methods, ids = {"lm": FOR_PEFT[case]}, torch.arange(2, 30)[None]
@@ -186,6 +188,7 @@ def test_peft_reads_its_layout(case: str, tmp_path: Path) -> None:
     assert formats.inspect(path).layouts == ("peft",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ALPHA, Dora(rank=3), Loha(rank=2), Lokr(rank=2, factor=4)], ids=lambda one: one.name)
 def test_peft_reads_its_layout_on_a_unet_with_convolutions(method: Method, tmp_path: Path) -> None:
     methods: dict[str, Targets] = {"unet": [(method, r".*(attn1\.to_q|resnets\.0\.conv[12])")]}
@@ -200,6 +203,7 @@ def test_peft_reads_its_layout_on_a_unet_with_convolutions(method: Method, tmp_p
     assert_equal_files(path, saved(tmp_path / "b.safetensors", make_pipe(), "kohya", methods), make_pipe())
 
 
+@pytest.mark.slow
 def test_words_alone_are_a_file_that_diffusers_reads(tmp_path: Path) -> None:
     methods: dict[str, Targets] = {"text_encoder": [(Tokens("<cat>", 3, "cat"), "tokens")]}
     path = saved(tmp_path / "cat.safetensors", make_pipe(), "embedding", methods)

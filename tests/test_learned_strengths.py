@@ -29,6 +29,7 @@ def network() -> Any:
     return unet.requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_gradients_of_strengths_are_those_of_finite_differences(network: Any) -> None:
     strengths = site.strengths(network)
     assert isinstance(strengths, Strengths)

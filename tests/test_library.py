@@ -296,6 +296,7 @@ def test_another_encoder_embeds_all_anew_and_none_goes_by_words(library: Library
     assert library.add(encoder="icons").embedded == 4 and library.search("a pencil drawing")[0].meaning > 0
 
 
+@pytest.mark.slow
 def test_clip_sees_example_pictures(tmp_path: Path, shelf: Path) -> None:
     folder = judges_of_transformers.clip(tmp_path / "clip")
     Image.new("RGB", (40, 40), "red").save(shelf / "a1.png")
@@ -360,6 +361,7 @@ def test_generate_chooses_by_prompt_and_its_picture_is_made_again(tmp_path: Path
         pd.GenerateConfig(prompts="a cat", auto=1, library=tmp_path / "none.sqlite3").check()
 
 
+@pytest.mark.slow
 def test_commands_tell_all_and_import_no_torch(tmp_path: Path, shelf: Path) -> None:
     lines = [
         ["library", "add", str(shelf)],

@@ -150,6 +150,7 @@ def test_what_it_does_not_serve_goes_the_usual_way(pays: Pays, monkeypatch: pyte
         plain(x)
 
 
+@pytest.mark.slow
 def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays: Pays) -> None:
     pipe = make_pipe()
     unet = pipe.unet
@@ -173,6 +174,7 @@ def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays: Pays) -> None
     torch.testing.assert_close(again, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(

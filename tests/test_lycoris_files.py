@@ -84,6 +84,7 @@ def applied(network: Any, unet: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_files_of_lycoris_load_and_tell_what_they_are(tmp_path: Path, name: str) -> None:
     args, method, values = NETWORKS[name]
@@ -126,6 +127,7 @@ WRITTEN: dict[str, tuple[Method, str, dict[str, str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp_path: Path, name: str) -> None:
     method, module, args = WRITTEN[name]
@@ -159,6 +161,7 @@ class Encoder4(nn.Module):
         self.text_model = encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "oft"])
 def test_both_text_encoders_of_sdxl_are_read_by_lycoris(tmp_path: Path, name: str) -> None:
     method, ours, theirs = WRITTEN[name][0], make_xl_pipe(), make_xl_pipe()
@@ -182,6 +185,7 @@ def test_both_text_encoders_of_sdxl_are_read_by_lycoris(tmp_path: Path, name: st
         assert not close(expected, plain, 1e-2) and close(found, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3, alpha=1.0, init="pissa", b_rate_ratio=4.0), "conv")]
@@ -193,11 +197,13 @@ def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp
     assert set(found.ranks) == {6} and set(found.alphas) == {2.0}
 
 
+@pytest.mark.slow
 def test_a_method_that_those_programs_lack_is_not_called_a_lora(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", make_pipe(), [(Bottleneck(hidden=4), "outputs")])
     assert not [key for key in formats.inspect(path).metadata if key.startswith("ss_network")]
 
 
+@pytest.mark.slow
 def test_metadata_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3), "attention")]))
     odd = {"ss_network_module": "x", "ss_network_dim": "None", "ss_network_alpha": "nan", "ss_network_args": "[1]"}
@@ -205,6 +211,7 @@ def test_metadata_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     assert formats.inspect(tmp_path / "b.safetensors").network == Network("x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path: Path, component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What it replaces belongs to the class, and stays what anyone in this process made it.
@@ -228,6 +235,7 @@ def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path: Path, component: str
     assert close(output(ours), output(theirs), 1e-4) and not close(output(ours), before, 1e-3)
 
 
+@pytest.mark.slow
 def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path: Path) -> None:
     pipe = make_pipe()
     second = copy.deepcopy(pipe.text_encoder)
@@ -264,6 +272,7 @@ TOLD: dict[str, tuple[list[tuple[Method, str]], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOLD)
 def test_inspect_tells_the_hyper_parameters_of_every_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
@@ -277,6 +286,7 @@ def test_inspect_tells_the_hyper_parameters_of_every_method(
         assert line in shown, shown
 
 
+@pytest.mark.slow
 def test_an_alpha_of_nothing_means_the_rank_to_inspect_too(tmp_path: Path) -> None:
     tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3), "attention")]))
     save_file({key: value for key, value in tensors.items() if not key.endswith("alpha")}, tmp_path / "b.safetensors")

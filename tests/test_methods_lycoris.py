@@ -352,6 +352,7 @@ def in_names_of_diffusers(tensors: dict[str, Tensor], paths: list[str]) -> dict[
     return named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["attention+ff", "conv"])
 def test_diffusers_draws_the_same_picture_with_dora(tmp_path: Path, target: str) -> None:
     # Of files in the kohya / LyCORIS layout diffusers 0.42 leaves dora_scale out, with a warning, so it gets its own names.
@@ -374,6 +375,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_several_methods_under_one_name_save_and_load(tmp_path: Path, name: str) -> None:
     pipe = make_pipe()
@@ -407,6 +409,7 @@ def test_changes_of_the_weight_do_not_depend_on_the_order() -> None:
     assert close(*outputs)
 
 
+@pytest.mark.slow
 def test_parts_that_would_overwrite_one_another_in_a_file_are_refused(tiny_pipe: DiffusionPipeline) -> None:
     keys = list(tiny_pipe.unet.state_dict())
     wholly = Loha(rank=4, weight_decompose=True)
@@ -475,6 +478,7 @@ CHANGED: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [UNET_LINEAR, UNET_CONV], ids=["linear", "conv"])
 @pytest.mark.parametrize("name", CHANGED)
 def test_files_of_lycoris_mean_what_its_formulas_say(
@@ -493,6 +497,7 @@ def test_files_of_lycoris_mean_what_its_formulas_say(
     assert close(noise(tiny_pipe), noise(expected))
 
 
+@pytest.mark.slow
 def test_files_of_ours_hold_the_names_of_lycoris(tmp_path: Path) -> None:
     key = "lora_unet_" + UNET_LINEAR.replace(".", "_")
     names: dict[Method, set[str]] = {
@@ -708,6 +713,7 @@ def test_gaussian_starts_with_its_deviation_and_changes_nothing() -> None:
     assert abs(adapter.down.std().item() * 8 - 1) < 0.02 and not adapter.up.any()
 
 
+@pytest.mark.slow
 def test_pissa_is_the_principal_part_and_its_file_an_ordinary_lora(tmp_path: Path) -> None:
     pipe = make_pipe()
     parts = {"unet": pipe.unet}
@@ -735,6 +741,7 @@ def test_pissa_is_the_principal_part_and_its_file_an_ordinary_lora(tmp_path: Pat
     assert torch.equal(noise(pipe), running) and not torch.equal(running, before)
 
 
+@pytest.mark.slow
 def test_alpha_that_float32_cannot_hold_means_the_same_after_loading(tmp_path: Path) -> None:
     pipe = make_pipe()
     path = write(tmp_path / "a.safetensors", pipe, [(Lora(rank=3, alpha=0.1, rank_stabilized=True), "attention")])

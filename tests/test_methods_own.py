@@ -278,6 +278,7 @@ def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe: Diffusion
     assert {text: tokenizer(text).input_ids for text in plain} == plain
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_entry_of_a_tokenizer_reads_learned_words_alike(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     tokenizer, text = tiny_pipe.tokenizer, "a <cat>, red sks dog"
@@ -367,6 +368,7 @@ def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe: Di
         merge.merge(encoder)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe: DiffusionPipeline) -> None:
     tokenizer = tiny_pipe.tokenizer
@@ -434,6 +436,7 @@ def save_word(path: Path, pipe: DiffusionPipeline, *methods: Method) -> torch.Te
     return next(iter(site.adapters(pipe.text_encoder, "w").values())).get_parameter("vectors").detach()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     vectors = save_word(tmp_path / "renamed.safetensors", tiny_pipe, Tokens("<cat>", 3, "cat"))
@@ -450,6 +453,7 @@ def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe: DiffusionPipel
     assert found.methods == ("tokens",) and found.parameters == 96 and found.components == {"text_encoder": 1}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_words_beside_other_methods_are_bundled(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
@@ -483,6 +487,7 @@ def test_words_of_other_programs_load(
     assert torch.allclose(tiny_pipe.text_encoder.get_input_embeddings()(ids), torch.ones(1, 2, 32))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -565,6 +570,7 @@ def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPip
     assert checksum(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
 
 
+@pytest.mark.slow
 def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     drawn = picture(tiny_pipe)

@@ -105,18 +105,21 @@ def assert_same(own: Path, theirs: Path, pipe: DiffusionPipeline) -> None:
                 assert torch.equal(tensor, second[part][path].state()[suffix])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SD)
 def test_names_of_others_mean_the_same_on_stable_diffusion(case: str, tmp_path: Path) -> None:
     pipe = make_pipe()
     assert_same(*renamed(pipe, tmp_path, SD[case], ("unet", "text_encoder")), pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", XL)
 def test_names_of_others_mean_the_same_on_sdxl(case: str, tmp_path: Path) -> None:
     pipe = make_xl_pipe()
     assert_same(*renamed(pipe, tmp_path, XL[case], ("text_encoder", "text_encoder_2")), pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["unet.", "diffusion_model_", "lora_prior_unet_"])
 def test_names_of_the_original_have_those_prefixes_too(start: str, tmp_path: Path) -> None:
     pipe = make_xl_pipe()
@@ -154,6 +157,7 @@ def renamed_pair() -> dict[str, torch.Tensor]:
     return {f"{place}.lora_down.weight": torch.ones(2, 32), f"{place}.lora_up.weight": torch.ones(64, 2)}
 
 
+@pytest.mark.slow
 def test_the_oldest_names_of_diffusers_mean_what_they_mean_there(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     unet, text = "unet.mid_block.attentions.0.transformer_blocks.0", "text_encoder.text_model.encoder.layers.1"
@@ -175,6 +179,7 @@ def test_the_oldest_names_of_diffusers_mean_what_they_mean_there(tmp_path: Path)
         torch.testing.assert_close(output(ours), output(theirs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_names_of_adapters_of_peft_are_no_part_of_the_tensors(bias: bool, tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()

@@ -33,6 +33,7 @@ def config(pictures: Path, where: Path, **more: Any) -> TrainConfig:
     return TrainConfig((pictures,), **{**values, **places, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name: OptimizerName) -> None:
     wanted = torch.linspace(-1, 1, 6000)

@@ -56,6 +56,7 @@ def assert_equal_changes(theirs: dict[str, Tensor], ours: dict[str, tuple[Tensor
         torch.testing.assert_close(ours[path][0].detach(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [8, -1])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_the_singular_values_of_adalora_are_part_of_the_change(pruned: bool, alpha: int, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_the_singular_values_of_adalora_are_part_of_the_change(pruned: bool, alp
     assert any(one.abs().max() > 1e-2 for one in expected.values())
 
 
+@pytest.mark.slow
 def test_adalora_on_a_convolution(tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()
     config = peft.AdaLoraConfig(init_r=4, lora_alpha=8, total_step=10, target_modules=r".*resnets\.0\.conv1")
@@ -98,6 +100,7 @@ def test_adalora_on_a_convolution(tmp_path: Path) -> None:
     assert_equal_changes(expected, changes(ours.unet, loaded.components["unet"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_bias_of_the_second_half_is_scaled_as_the_pair_is(rslora: bool, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, lora_bias=True, target_modules=LM_LAYERS)
@@ -117,6 +120,7 @@ def test_the_bias_of_the_second_half_is_scaled_as_the_pair_is(rslora: bool, tmp_
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_extras_of_a_pair_are_comes_back_from_a_file_of_ours(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=LM_LAYERS)
     _, path = of_peft(config, tmp_path)
@@ -139,6 +143,7 @@ def test_what_the_extras_of_a_pair_are_comes_back_from_a_file_of_ours(tmp_path: 
         formats.save(written, {"lm": ours.lm}, "a", formats.Spec(), layout="peft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lm", "text_encoder"])
 def test_pairs_at_embeddings_mean_what_they_do_in_peft(kind: str, tmp_path: Path) -> None:
     def base() -> tuple[Any, nn.Module]:
@@ -195,6 +200,7 @@ def test_an_embedding_that_peft_saved_beside_its_pair_has_to_be_that_of_the_base
         formats.load(path, ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_diffusers_export_for_kohya_keeps_the_magnitudes_of_a_dora(convolutions: bool, tmp_path: Path) -> None:
     from diffusers.utils import convert_state_dict_to_kohya
@@ -233,6 +239,7 @@ def extracted() -> tuple[dict[str, Tensor], Any]:
     return made, base
 
 
+@pytest.mark.slow
 def test_the_sparse_rest_of_an_extraction_is_part_of_the_change(tmp_path: Path) -> None:
     made, base = extracted()
     assert any(name.endswith("bias_indices") for name in made)

@@ -77,6 +77,7 @@ def test_a_folder_of_peft_means_the_same_on_a_language_model(kind: str, tmp_path
     assert formats.inspect(tmp_path / "slow").unknown == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [one for one in KINDS if "oft" in one])
 def test_rotations_of_inputs_come_back_to_peft_as_they_were(kind: str, tmp_path: Path) -> None:
     theirs, base, ids = trained(peft.get_peft_model(make_lm().lm, KINDS[kind])), make_lm(), torch.arange(2, 30)[None]
@@ -116,6 +117,7 @@ IMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IMAGES)
 def test_a_folder_of_peft_means_the_same_on_a_part_of_a_pipeline(case: str, tmp_path: Path) -> None:
     """The factors of (IA)3 multiply the bias too. On convolutions with as many inputs as outputs, only the configuration
@@ -190,6 +192,7 @@ def test_a_folder_is_a_path_wherever_a_file_is(tmp_path: Path) -> None:
         formats.load(tmp_path / "empty", make_pipe())
 
 
+@pytest.mark.slow
 def test_a_decomposed_embedding_is_converted_and_verified_as_peft_computes_it(tiny_base: Path, tmp_path: Path) -> None:
     config = IMAGES["text_encoder, decomposed embedding"]
     trained(peft.get_peft_model(make_pipe().text_encoder, config), 0.2).save_pretrained(tmp_path / "a")

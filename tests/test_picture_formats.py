@@ -25,6 +25,7 @@ def as_a1111_reads(path: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pillow"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP")])
 def test_every_format_carries_the_recipe_and_the_text_of_a1111(
     tiny_base: Path, tmp_path: Path, name: str, pillow: str
@@ -42,6 +43,7 @@ def test_every_format_carries_the_recipe_and_the_text_of_a1111(
         assert image.convert("RGB").tobytes() == made.image.tobytes()
 
 
+@pytest.mark.slow
 def test_quality_and_sheets(tiny_base: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu", "steps": 1}
     for kind in ("jpeg", "webp"):
@@ -64,6 +66,7 @@ def test_quality_and_sheets(tiny_base: Path, tmp_path: Path) -> None:
     assert GridConfig("a", format="webp").output == Path("grid.webp")
 
 
+@pytest.mark.slow
 def test_what_has_no_room_in_a_jpeg_is_told_before_anything_is_drawn(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

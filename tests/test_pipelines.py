@@ -44,6 +44,7 @@ def made(cls: type[Any]) -> tuple[Any, dict[str, Any]]:
     return pipe, told | size | ({"image": picture, "mask_image": mask, "strength": 1.0} if "Inpaint" in cls.__name__ else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_guidance_ends_where_the_callback_says_so(cls: type[Any]) -> None:
     pipe, told = made(cls)
@@ -61,6 +62,7 @@ def test_guidance_ends_where_the_callback_says_so(cls: type[Any]) -> None:
     assert len(pipe(**told).images) == 1 and batches[4:] == [2] * 4, "the next call guides again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_the_pipeline_that_draws_is_known_while_it_does(cls: type[Any]) -> None:
     pipelines.watch()
@@ -81,6 +83,7 @@ def test_the_pipeline_that_draws_is_known_while_it_does(cls: type[Any]) -> None:
     assert pipelines.drawing_with(pipe.unet) is None
 
 
+@pytest.mark.slow
 def test_of_pipelines_one_within_the_other_the_one_with_the_network_is_told() -> None:
     pipelines.watch()
     outer, inner = make_pipe(), make_pipe(seed=1)

@@ -66,6 +66,7 @@ def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate(("ink", "flat"))]
 
 
+@pytest.mark.slow
 def test_generate_parses_and_hashes_each_file_once(
     counts: Counter[tuple[str, str]], files: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_generate_parses_and_hashes_each_file_once(
     assert counts == once("moved.safetensors", "flat.safetensors")
 
 
+@pytest.mark.slow
 def test_blend_inspect_and_adapters_do_too(
     counts: Counter[tuple[str, str]], files: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_blend_inspect_and_adapters_do_too(
     assert counts == once("ink.safetensors")
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_is_parsed_again_and_never_taken_for_what_it_was(files: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(files[0].read_bytes())
@@ -171,6 +174,7 @@ def test_inspect_tells_what_load_does(case: str, tmp_path: Path) -> None:
     assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["kohya", "original", "diffusers"])
 @pytest.mark.parametrize(
     "method", [Lora(rank=3), Dora(rank=3), Loha(rank=2), Lokr(rank=2, factor=4), Oft(block_size=4), Ia3(), BitFit()],
@@ -189,6 +193,7 @@ def test_inspect_tells_what_load_does_with_files_of_ours(method: Any, layout: st
     assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())
 
 
+@pytest.mark.slow
 def test_inspect_tells_what_load_does_with_a_mixture(tmp_path: Path) -> None:
     assert_tells_what_it_does(save_mixture(tmp_path / "a.safetensors", make_pipe()), make_pipe())
 
@@ -255,6 +260,7 @@ NOT_WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NOT_WHOLE)
 def test_a_site_with_a_tensor_that_is_not_understood_is_left_out_whole(case: str, tmp_path: Path) -> None:
     stranger = NOT_WHOLE[case]
@@ -315,6 +321,7 @@ def test_what_wrappers_put_before_names_is_seen_through(case: str, tmp_path: Pat
     assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())
 
 
+@pytest.mark.slow
 def test_every_command_that_loads_can_be_strict(files: list[Path], tmp_path: Path) -> None:
     save_file({**load_file(files[0]), "lora_unet_nowhere.alpha": torch.ones(())}, tmp_path / "part.safetensors")
     base = make_pipe()

@@ -95,6 +95,7 @@ def test_what_a_person_says_goes_before_what_files_say(tmp_path: Path, tiny_base
         pd.load_base(pipe, prediction="epsilon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
 def test_a_base_that_answers_otherwise_than_it_says_is_warned_of_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str

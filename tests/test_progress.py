@@ -93,6 +93,7 @@ def test_the_terminal_tells_how_long_preparation_and_run_will_take(monkeypatch: 
     assert len(lines) == 2
 
 
+@pytest.mark.slow
 def test_a_run_tells_captions_and_its_pace_to_the_terminal_and_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def outcome(tmp_path: Path) -> dict[str, str]:
     return told
 
 
+@pytest.mark.slow
 def test_a_command_is_told_of_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = str(tmp_path / "a.safetensors")
     result = train(asked(tmp_path), pipe=make_pipe())
@@ -159,6 +161,7 @@ def test_a_command_is_told_of_the_end(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert failed["STATE"] == "failed" and "caption" in failed["ERROR"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["no-such-program --now", f"{sys.executable} -c 'raise SystemExit(3)'"])
 def test_a_command_that_fails_takes_nothing_from_the_run(
     command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

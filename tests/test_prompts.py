@@ -145,6 +145,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_embeddings_of_one_and_of_two_encoders_are_those_of_a1111(prompt: str) -> None:
@@ -176,6 +177,7 @@ def test_weights_of_comfyui_go_from_no_words_towards_the_words() -> None:
     assert [[len(chunk.ids) for chunk in row] for row in rows] == [[73, 4], [75, 7]]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_skip_takes_the_layer_that_a1111_takes() -> None:
     for pipe, usual in ((make_pipe(), 1), (make_xl_pipe(), 2)):
@@ -190,6 +192,7 @@ def test_clip_skip_takes_the_layer_that_a1111_takes() -> None:
         denoiser_of(pipe).text.read_as(Reading(clip_skip=3)).check()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompts_of_several_lengths_are_told_to_the_network_as_if_alone() -> None:
     pipe: Any = make_pipe()
@@ -210,6 +213,7 @@ def with_words(pipe: Any, method: Any) -> None:
     teach(pipe)
 
 
+@pytest.mark.slow
 def test_learned_words_and_soft_prompts_stay_whole_in_chunks() -> None:
     pipe: Any = make_pipe()
     with_words(pipe, Tokens("(ink*)", 6, "flat"))
@@ -242,6 +246,7 @@ def drawn(pipe: Any, *prompts: str, **told: Any) -> list[Any]:
     return list(paint(Adapters(pipe), cells, Sampling(**{"steps": 2, **told})))
 
 
+@pytest.mark.slow
 def test_plain_prompts_give_the_bytes_of_the_pipeline_and_others_do_not_depend_on_the_batch() -> None:
     pipe = with_means(make_pipe())
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
@@ -257,6 +262,7 @@ def test_plain_prompts_give_the_bytes_of_the_pipeline_and_others_do_not_depend_o
     assert difference(together[0], theirs) < 0.1
 
 
+@pytest.mark.slow
 def test_an_empty_negative_prompt_of_xl_is_told_by_zeros_and_a_second_prompt_to_the_second_encoder() -> None:
     pipe: Any = make_xl_pipe()
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
@@ -272,6 +278,7 @@ def test_an_empty_negative_prompt_of_xl_is_told_by_zeros_and_a_second_prompt_to_
         drawn(make_pipe(), "a cat", prompt_2="a dog")
 
 
+@pytest.mark.slow
 def test_a_trigger_with_brackets_is_read_as_it_was_learned(tmp_path: Path) -> None:
     pipe: Any = make_pipe()
     learner: Any = make_pipe()
@@ -285,6 +292,7 @@ def test_a_trigger_with_brackets_is_read_as_it_was_learned(tmp_path: Path) -> No
     assert difference(drawn(pipe, "[V] cat")[0], letters) == 0 < difference(before, letters)
 
 
+@pytest.mark.slow
 def test_captions_with_brackets_are_drawn_as_they_are_learned(tmp_path: Path) -> None:
     """By the previews and by the command that a run ends with: letters, also those that boorus escape."""
     folder = draw_pictures(tmp_path / "pictures", 2)
@@ -303,6 +311,7 @@ def test_captions_with_brackets_are_drawn_as_they_are_learned(tmp_path: Path) ->
 LONG_CAPTION = "a red apple, a blue cat " * 14
 
 
+@pytest.mark.slow
 def test_captions_of_any_length_are_learned_as_they_are_drawn(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     captions = [LONG_CAPTION, r"a (red) cat \(ink\)", "a dog", LONG_CAPTION * 2, "a [flat:2) style", ""]

@@ -68,7 +68,11 @@ def _backend() -> None:
     pytest.importorskip("bitsandbytes")
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+# Daily work sees LoRA, and a method that asks for the whole weight.
+DAILY_FIRST = [pytest.param(one, marks=() if one[0] in ("lora", "dora") else pytest.mark.slow) for one in CASES]
+
+
+@pytest.fixture(params=DAILY_FIRST, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, kind, dtype = request.param
     method, target = laws.METHODS[name]
@@ -149,6 +153,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
     assert checksum({case.component: case.model}) == print_before
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path: Path) -> None:
@@ -170,6 +175,7 @@ def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: 
         site.detach(other.unet, "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base: Path) -> None:
     pipe, plain = load_base(tiny_base, device="cpu", quantize=kind), load_base(tiny_base, device="cpu")
@@ -291,6 +297,7 @@ def test_layers_that_bitsandbytes_itself_quantized_take_adapters_but_are_not_mer
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[quantize\]'") as told:
@@ -330,6 +337,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
         generate(GenerateConfig(recipe=first.path, quantize=kind, output=tmp_path / "b.png", device="cpu"))
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: Path, tmp_path: Path) -> None:
     asked = GenerateConfig(("a cat",), base=str(tiny_base), steps=1, output=tmp_path / "a.png", device="cpu")
     values = json.loads(json.dumps(generate(asked)[0].recipe.to_json()))
@@ -337,6 +345,7 @@ def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: P
     assert Recipe.from_json(values).quantize is None
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
@@ -360,6 +369,7 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     assert [one.prompt for one in generate_text(written)] == ["the"]
 
 
+@pytest.mark.slow
 def test_the_command_names_a_missing_backend_in_one_line(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,6 +388,7 @@ def test_the_command_names_a_missing_backend_in_one_line(
     assert main(["generate", "a cat", "--quantize", "int3"]) == 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_merging_tells_its_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = make_pipe()

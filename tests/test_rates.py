@@ -27,6 +27,7 @@ def resolved(**more: Any) -> Any:
     return resolve(TrainConfig("p", components=ALL, **more), describe(make_xl_pipe()), 6, "cpu")
 
 
+@pytest.mark.slow
 def test_each_text_encoder_has_its_rate_and_0_freezes_it() -> None:
     assert resolved(text_encoder_lr=2e-5).text_encoder_2_lr == 2e-5
     assert resolved(text_encoder_lr=2e-5, text_encoder_2_lr=3e-6).text_encoder_2_lr == 3e-6
@@ -38,6 +39,7 @@ def test_each_text_encoder_has_its_rate_and_0_freezes_it() -> None:
         resolve(TrainConfig("p", unet_lr=0, text_encoder_lr=0, preset="subject"), describe(make_pipe()), 6, "cpu")
 
 
+@pytest.mark.slow
 def test_blocks_have_rates_of_their_own_by_all_their_names() -> None:
     pipe = make_pipe()
     parts = {name: part for name, part in components(pipe).items() if name == "unet"}

@@ -213,6 +213,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_region_of_everything_is_the_picture_of_its_prompt_and_adapters(
     kind: str, files: dict[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
@@ -226,6 +227,7 @@ def test_a_region_of_everything_is_the_picture_of_its_prompt_and_adapters(
         assert np.abs(found - alone).max() < 1e-5 < np.abs(alone - other).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_pictures_with_different_regions_share_a_batch(
     kind: str, files: dict[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -250,6 +252,7 @@ def test_pictures_with_different_regions_share_a_batch(
         assert np.abs(one - alone).max() < 1e-5 < 1e-3 < np.abs(one - without).max()
 
 
+@pytest.mark.slow
 def test_a_recipe_draws_regions_again(tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
     made = {
         name: make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, triggers=(name,), size=0.5)
@@ -284,6 +287,7 @@ def test_a_recipe_draws_regions_again(tiny_base: Path, tiny_pipe: Any, tmp_path:
         assert not [event for event in told if isinstance(event, (Noted, Warned)) and "fast" in event.message]
 
 
+@pytest.mark.slow
 def test_regions_are_found_by_where_triggers_are_read(
     tiny_base: Path, tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +340,7 @@ def test_regions_are_found_by_where_triggers_are_read(
         generate(replace(config, prompts=("ink cat",)), pipe=tiny_pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hires", "image", "mask", "guidance_stop", "control"])
 def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
     ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
@@ -366,6 +371,7 @@ def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, 
     assert np.abs(found - expected).max() <= 1 < np.abs(expected - without).max()
 
 
+@pytest.mark.slow
 def test_a_box_in_pixels_is_the_same_part_in_every_pass(tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
     ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
     common: dict[str, Any] = {"steps": 1, "hires": 1.5, "hires_steps": 1, "device": "cpu", "output": tmp_path / "a"}
@@ -376,6 +382,7 @@ def test_a_box_in_pixels_is_the_same_part_in_every_pass(tiny_base: Path, tiny_pi
     assert drawn[0] == drawn[1] != drawn[2]  # of the first pass, which is of 64 pixels
 
 
+@pytest.mark.slow
 def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
     tiny_base: Path, tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +405,7 @@ def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
         adapters.batch([Request("a dog", regions=[Region(box=(0, 0, 1, 1), adapter=("ink=1", "ink=0.5"))])])
 
 
+@pytest.mark.slow
 def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
     common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
@@ -412,6 +420,7 @@ def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> 
             generate(GenerateConfig("a dog", **{**common, name: value}), pipe=tiny_pipe)
 
 
+@pytest.mark.slow
 def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(
     tiny_base: Path, tiny_pipe: Any, tmp_path: Path
 ) -> None:
@@ -424,6 +433,7 @@ def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(
         assert [(one.name, one.tokens) for one in found] == [("ink", (2,)), ("flat", (5, 6))]
 
 
+@pytest.mark.slow
 def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
     config = GenerateConfig("a dog", region="box=0,0,0.5,1", steps=1, device="cpu", output=tmp_path / "a.png")
     attention, plain = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2, tiny_pipe.unet
@@ -474,6 +484,7 @@ def test_masks_share_where_they_overlap_and_are_exact_outside_of_feathered_edges
     assert 0 < row[1, 13] < 1 and row[1, 11] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention", "conv", "bottleneck"])
 @pytest.mark.parametrize("device", ["taped", pytest.param("cuda", marks=CUDA)])
 @torch.no_grad()

@@ -128,6 +128,7 @@ def refusals(adapters: Adapters, files: dict[str, Path]) -> list[str | None]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OTHERS)
 def test_another_registry_of_the_same_components_says_and_refuses_the_same(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -154,6 +155,7 @@ def test_another_registry_of_the_same_components_says_and_refuses_the_same(
     assert None not in refusals(first, files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OTHERS)
 def test_what_one_registry_does_the_others_see_at_once(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -211,6 +213,7 @@ def test_a_copy_says_the_same_and_goes_its_own_way(
     assert told(first) == before and np.array_equal(picture(tiny_pipe), running)
 
 
+@pytest.mark.slow
 def test_a_copy_follows_its_own_steps(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     first = Adapters(tiny_pipe)
     first.load(files["flat"], strength=FADING)
@@ -232,6 +235,7 @@ def test_a_copy_follows_its_own_steps(files: dict[str, Path], tiny_pipe: Diffusi
     assert not any(found is one for one in gc.get_referrers(lone))
 
 
+@pytest.mark.slow
 def test_a_unet_keeps_no_pipeline_alive_and_a_pipeline_is_freed(files: dict[str, Path]) -> None:
     pipe = make_pipe()
     unet, gone = pipe.unet, weakref.ref(pipe)
@@ -250,6 +254,7 @@ def test_a_unet_keeps_no_pipeline_alive_and_a_pipeline_is_freed(files: dict[str,
     assert not unet._forward_pre_hooks and SLOT not in unet._modules
 
 
+@pytest.mark.slow
 def test_adapters_without_a_file_are_listed_for_what_they_are(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     assert adapters.load(files["flat"]) == "flat"
@@ -291,6 +296,7 @@ def test_a_registry_disturbs_no_training(tiny_pipe: DiffusionPipeline) -> None:
         assert not any(adapter.training for adapter in own)
 
 
+@pytest.mark.slow
 def test_pictures_leave_adapters_that_no_cell_speaks_of_as_they_are(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -304,6 +310,7 @@ def test_pictures_leave_adapters_that_no_cell_speaks_of_as_they_are(
     assert not np.array_equal(np.asarray(faded), np.asarray(plain))
 
 
+@pytest.mark.slow
 def test_the_base_is_described_as_it_is_without_adapters_merged_or_not(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -320,6 +327,7 @@ def test_the_base_is_described_as_it_is_without_adapters_merged_or_not(
     assert first.base == before
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_quantized_base_is_that_before_a_merge(tiny_pipe: DiffusionPipeline) -> None:
     quantize({"unet": tiny_pipe.unet}, "int8")
     parts = {"unet": tiny_pipe.unet}
@@ -332,6 +340,7 @@ def test_the_identity_of_a_quantized_base_is_that_before_a_merge(tiny_pipe: Diff
     assert same(merge.unmerged_state(tiny_pipe.unet), held)
 
 
+@pytest.mark.slow
 def test_a_component_refuses_to_merge_past_a_schedule_whoever_asks(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -358,6 +367,7 @@ def test_strengths_that_one_component_refuses_are_set_on_none(files: dict[str, P
         assert told(adapters) == before
 
 
+@pytest.mark.slow
 def test_a_component_in_anothers_place_brings_what_it_carries(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files["ink"], strength=0.5)
@@ -380,6 +390,7 @@ def test_a_component_in_anothers_place_brings_what_it_carries(files: dict[str, P
     assert not own._forward_pre_hooks and not site.sites(own)
 
 
+@pytest.mark.slow
 def test_components_of_different_origin_may_carry_different_adapters_under_one_name(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -400,6 +411,7 @@ def test_components_of_different_origin_may_carry_different_adapters_under_one_n
     assert third["ink"] == fourth["ink"]
 
 
+@pytest.mark.slow
 def test_a_component_that_is_shared_in_part_tells_each_pipeline_of_its_own_parts(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -428,6 +440,7 @@ def test_a_part_of_a_component_is_not_given_adapters_by_itself_as_well(tiny_pipe
     assert site.names(unet) == ["whole"]
 
 
+@pytest.mark.slow
 def test_a_load_that_fails_late_leaves_no_trace_in_any_registry(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -481,6 +494,7 @@ def taught(files: dict[str, Path]) -> Iterator[Adapters]:
     yield adapters
 
 
+@pytest.mark.slow
 def test_words_are_the_same_to_every_pipeline_of_a_text_encoder(taught: Adapters, files: dict[str, Path]) -> None:
     pipe, plain = taught.pipe, make_pipe().tokenizer
     other = OTHERS["from_pipe"](taught)
@@ -509,6 +523,7 @@ def test_words_are_the_same_to_every_pipeline_of_a_text_encoder(taught: Adapters
     assert type(pipe.tokenizer) is type(plain) and SLOT not in vars(pipe.tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [lambda pipe: pipe, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_words_go_with_an_adapter_that_is_detached_from_the_component_itself(
     copied: Callable[[Any], Any], taught: Adapters
@@ -528,6 +543,7 @@ def test_words_go_with_an_adapter_that_is_detached_from_the_component_itself(
     assert ids(pipe, "a <cat> <dog>") == list(plain("a <cat> <dog>").input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_pipeline_has_its_own_words(way: str, taught: Adapters) -> None:
     pipe, text = taught.pipe, "a <cat> <dog>"
@@ -565,6 +581,7 @@ def test_what_is_copied_with_its_teacher_learns_from_the_copy(
     assert ids(twin, text) == ids(pipe, text)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_copied_alone_goes_on_learning_where_it_did(taught: Adapters) -> None:
     pipe, text = taught.pipe, "a <cat>"
     before = ids(pipe, text)
@@ -605,6 +622,7 @@ def test_a_tokenizer_that_another_text_encoder_teaches_is_left_alone_and_refused
     assert ids(pipe, text) == before
 
 
+@pytest.mark.slow
 def test_a_text_encoder_in_anothers_place_frees_its_tokenizer(taught: Adapters) -> None:
     pipe, plain = taught.pipe, make_pipe()
     pipe.text_encoder = plain.text_encoder
@@ -634,6 +652,7 @@ def test_tokenizers_of_different_vocabularies_learn_from_one_text_encoder(taught
     assert torch.equal(told_by_words(other, "a <cat>"), meaning) and torch.equal(told_by_words(pipe, "a <cat>"), meaning)
 
 
+@pytest.mark.slow
 def test_the_end_of_text_is_corrected_for_as_long_as_there_are_words_and_given_back(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
@@ -691,6 +710,7 @@ def test_a_link_follows_what_is_copied_with_it_and_else_stays() -> None:
     assert link() is None and again() is None and copy.deepcopy(link)() is None
 
 
+@pytest.mark.slow
 def test_nothing_of_a_registry_is_in_a_saved_base(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:

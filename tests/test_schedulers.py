@@ -198,6 +198,7 @@ class _Plan:
         self.metadata = metadata or {}
 
 
+@pytest.mark.slow
 def test_a_picture_in_few_steps_is_told_and_kept(tiny_base: Path, tmp_path: Path) -> None:
     file = make_adapter(tmp_path / "lcm-lora.safetensors", tiny_base, 1, size=0.1)
     told: list[Event] = []

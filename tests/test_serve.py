@@ -124,6 +124,7 @@ def ask(address: str, path: str, body: Any = None, **headers: str) -> requests.R
 # Pictures.
 
 
+@pytest.mark.slow
 def test_requests_side_by_side_each_get_the_pictures_of_their_own_generate(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_requests_side_by_side_each_get_the_pictures_of_their_own_generate(
     assert len(drawn) == 16  # or a comparison of equals would tell nothing
 
 
+@pytest.mark.slow
 def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(shelf, tmp_path / "Lora"))
     make_adapter(own / "called.safetensors", tiny_base, 9, ("[zork]",))
@@ -217,6 +219,7 @@ def asked(tiny_base: Path, shelf: Path, tmp_path: Path) -> Iterator[Any]:
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_second_request_reads_no_file_but_one_that_was_replaced(asked: Any, tiny_base: Path) -> None:
     """Whatever was drawn between, in whichever order files are named; and each is drawn to the bit as alone."""
     both, turned = "a cat <lora:ink:0.8> <lora:flat:0.5>", "a cat <lora:flat:0.5> <lora:ink:0.8>"
@@ -233,6 +236,7 @@ def test_a_second_request_reads_no_file_but_one_that_was_replaced(asked: Any, ti
         asked("a cat <lora:flat:1>")
 
 
+@pytest.mark.slow
 def test_adapters_are_kept_within_a_budget_those_used_last(asked: Any) -> None:
     kept = asked.engine._held.kept
     assert kept.budget == 1024 * 2**20 and kept.stay
@@ -245,6 +249,7 @@ def test_adapters_are_kept_within_a_budget_those_used_last(asked: Any) -> None:
     assert not kept.adapters.names and not kept.adapters.waiting
 
 
+@pytest.mark.slow
 def test_modules_of_other_methods_are_kept_while_no_other_request_comes(asked: Any) -> None:
     """They have been computed with on the base, so they do not wait in memory."""
     generator, tensors = torch.Generator().manual_seed(5), load_file(asked.folder / "flat.safetensors")
@@ -262,6 +267,7 @@ def test_modules_of_other_methods_are_kept_while_no_other_request_comes(asked: A
     assert asked.engine._held.kept.adapters["hada"].report.found == len(made) > 0
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_nothing_to_requests_that_do_not_name_it(asked: Any, tiny_base: Path) -> None:
     """Neither words that one teaches, nor numbers that are not finite, which times a strength of 0 are not either."""
     assert [asked(prompt) for prompt in ("a zork", "a cat <lora:ink:1>", "a zork <lora:ink:1>", "a zork")] == [1, 1, 1, 1]
@@ -272,6 +278,7 @@ def test_what_is_kept_does_nothing_to_requests_that_do_not_name_it(asked: Any, t
     assert [asked(prompt) for prompt in ("a cat", "a cat <lora:ink:1>")] == [0, 0]
 
 
+@pytest.mark.slow
 def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: Path, tmp_path: Path) -> None:
     """They wait in memory; and what is to be known of their file is told to each request."""
     file = tmp_path / "odd.safetensors"
@@ -286,6 +293,7 @@ def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: 
     assert told[0] == told[1] and len(told[0]) == 1
 
 
+@pytest.mark.slow
 def test_an_answer_tells_what_clients_read_of_it(client: Any, address: str) -> None:
     answer = client.txt2img(
         prompt="a cat <lora:ink:0.5>",
@@ -310,6 +318,7 @@ def test_an_answer_tells_what_clients_read_of_it(client: Any, address: str) -> N
     assert answer.parameters["prompt"] == "a cat <lora:ink:0.5>"
 
 
+@pytest.mark.slow
 def test_a_learned_word_is_called_by_the_name_of_its_file(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -322,6 +331,7 @@ def test_a_learned_word_is_called_by_the_name_of_its_file(
     assert same(answer.image, own[0])
 
 
+@pytest.mark.slow
 def test_variations_keep_the_seed_and_count_the_second_one(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -332,6 +342,7 @@ def test_variations_keep_the_seed_and_count_the_second_one(
         assert same(image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", **told)[0])
 
 
+@pytest.mark.slow
 def test_a_second_pass_and_a_texture_are_those_of_generate(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -344,6 +355,7 @@ def test_a_second_pass_and_a_texture_are_those_of_generate(
     assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, tile="both")[0])
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_as_generate_has_it(
     address: str, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -366,6 +378,7 @@ def test_what_is_left_out_is_as_generate_has_it(
     assert [note.partition(" ")[0] for note in info["comments"]] == ["not", "the"] and "unheard_of" in info["comments"][0]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_picture_are_those_of_generate(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -384,6 +397,7 @@ def test_pictures_of_a_picture_are_those_of_generate(
     assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", **own)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", [0, 1])
 def test_only_what_a_mask_shows_is_painted_at_the_full_size(client: Any, fill: int) -> None:
     begin = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 120, 3), dtype=np.uint8))
@@ -396,6 +410,7 @@ def test_only_what_a_mask_shows_is_painted_at_the_full_size(client: Any, fill: i
     assert changed[25:45, 65:85].mean() > 0.9 and not changed[:, :45].any() and not changed[65:].any()
 
 
+@pytest.mark.slow
 def test_pictures_are_kept_where_the_server_keeps_them(client: Any, shelf: Path) -> None:
     answer = client.txt2img(prompt="a cat", seed=77, save_images=True, override_settings={"samples_format": "jpg"}, **SIDE)
     (kept,) = (shelf.parent / "saved").glob("*-77.png")
@@ -407,6 +422,7 @@ def test_pictures_are_kept_where_the_server_keeps_them(client: Any, shelf: Path)
 # What is there.
 
 
+@pytest.mark.slow
 def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Path) -> None:
     loras = {one["name"]: one for one in client.get_loras()}
     assert list(loras) == ["flat", "ink", "line", "x1"]
@@ -429,6 +445,7 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos"] and client.refresh_checkpoints() is None
 
 
+@pytest.mark.slow
 def test_another_base_is_loaded_when_it_is_asked_for(client: Any) -> None:
     plain = client.txt2img(prompt="a cat", seed=1, **SIDE)
     with pytest.raises(RuntimeError, match="do not fit a Linear"):
@@ -448,6 +465,7 @@ def test_another_base_is_loaded_when_it_is_asked_for(client: Any) -> None:
     assert "not known" in client.set_options({"no_such_option": 1})["detail"]
 
 
+@pytest.mark.slow
 def test_drawing_is_followed_skipped_and_interrupted(client: Any) -> None:
     with ThreadPoolExecutor(2) as threads:
         coming = threads.submit(lambda: client.txt2img(prompt="a cat", n_iter=30, steps=40, **SIDE))
@@ -466,6 +484,7 @@ def test_drawing_is_followed_skipped_and_interrupted(client: Any) -> None:
 # Who may ask, and for what.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -489,6 +508,7 @@ def test_who_may_ask(address: str, headers: dict[str, str], status: int) -> None
         assert answer.json()["error"] == "HTTPException" and answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_a_request_that_is_too_large_is_not_read_to_its_end(address: str) -> None:
     large = b'{"prompt": "' + b"a" * 2**20 + b'"}'
     sent = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
@@ -497,6 +517,7 @@ def test_a_request_that_is_too_large_is_not_read_to_its_end(address: str) -> Non
         assert answer.status_code == 413 and "1 MiB" in answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_is_taken_as_scripts_send_it(address: str) -> None:
     """Scripts that are off, options that act elsewhere, and JSON that does not say that it is JSON."""
     off = {
@@ -514,6 +535,7 @@ def test_what_changes_nothing_is_taken_as_scripts_send_it(address: str) -> None:
     assert f"Sampler: {info['sampler_name']}" in info["infotexts"][0]
 
 
+@pytest.mark.slow
 def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
     """As the wiki of A1111 does to change one of them; what is told as 1 stays what the base says."""
     told = ask(address, "options").json()
@@ -524,6 +546,7 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         assert json.loads(image.info["peft_diffusion"])["recipe"]["clip_skip"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -564,6 +587,7 @@ def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any
     assert told in answer.json()["detail"] and answer.json()["errors"] == answer.json()["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -582,6 +606,7 @@ def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str
     assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
 
 
+@pytest.mark.slow
 def test_a_picture_of_any_size_is_drawn_from_at_the_nearest(address: str) -> None:
     picture = webuiapi.raw_b64_img(Image.new("RGB", (70, 45), "red"))
     for told, wanted in (({}, (64, 48)), ({"height": 64}, (64, 64))):
@@ -594,6 +619,7 @@ def test_a_picture_of_any_size_is_drawn_from_at_the_nearest(address: str) -> Non
     assert answer.status_code == 400 and "192x128 is over the limit of 16,384 pixels" in answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
     answer = ask(address, "txt2img", {"steps": "many"})
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "steps"]
@@ -623,6 +649,7 @@ def test_samplers_and_schedulers_mean_what_a1111_means(sampler: str | None, sche
     assert names.scheduler(sampler, schedule) == meant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [None, 1, 2, 3])
 def test_the_layer_that_clients_name_does_not_count_for_xl(skip: int | None) -> None:
     """A1111 reads hidden_states[layer_idx] there, whatever CLIP_stop_at_last_layers is, and clients send its 1."""
@@ -731,6 +758,7 @@ def test_what_no_server_may_be_is_refused(options: dict[str, Any], told: str) ->
     ServeConfig(host="0.0.0.0", token="long enough").check()
 
 
+@pytest.mark.slow
 def test_what_spares_memory_holds_for_every_request(pipe: Any) -> None:
     serving, held = ServeConfig(offload="group", vae_tiling=True, attention_slicing=True), Held("b", pipe, INFO, "")
     config = config_of(TextToImage(prompt="a cat"), serving, held, None)
@@ -739,6 +767,7 @@ def test_what_spares_memory_holds_for_every_request(pipe: Any) -> None:
         config_of(TextToImage(prompt="a cat", tiling=True), serving, held, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "is_on"), [(None, False), (True, True)])
 def test_steps_are_recorded_where_that_pays_or_is_asked_for(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, asked: bool | None, is_on: bool
@@ -754,6 +783,7 @@ def test_steps_are_recorded_where_that_pays_or_is_asked_for(
         Adapters(pipe).fast(False)
 
 
+@pytest.mark.slow
 def test_without_its_libraries_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['fastapi'] = None; from peft_diffusion.cli.app import main; sys.exit(main(['serve']))"
     ended = forked.python(["-c", code], None, dict(os.environ))

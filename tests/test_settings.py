@@ -281,6 +281,7 @@ def test_a_class_describes_itself_as_json() -> None:
     assert (told["seed"]["type"], told["seed"]["group"], told["resolution"]["unit"]) == ("int", "Learning", "pixels")
 
 
+@pytest.mark.slow
 def test_settings_import_neither_torch_nor_the_command_line() -> None:
     code = "import sys, peft_diffusion as pd; pd.TrainConfig, pd.TextTrainConfig, pd.BlendConfig, pd.TextGenerateConfig;"
     code += "sys.exit(repr({'torch', 'cyclopts', 'rich'} & set(sys.modules)))"
@@ -343,6 +344,7 @@ def test_a_file_of_settings_has_what_was_chosen_and_what_was_derived_in_comments
     assert "(from method ia3, from preset style for icons)" in kept(tmp_path, ICONS, method="ia3").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [TINY, LARGE], ids=["tiny", "large"])
 def test_settings_of_a_run_on_another_base_are_derived_anew(
     other: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -355,6 +357,7 @@ def test_settings_of_a_run_on_another_base_are_derived_anew(
     assert (chosen.resolution, chosen.unet_lr) == (96, 3e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_more_steps_derives_what_follows_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve(train_config(steps=12), ICONS, 30, "cpu")
     again = resolve(asked(monkeypatch, kept(tmp_path, ICONS, steps=12), "--steps", "24"), ICONS, 30, "cpu")
@@ -364,6 +367,7 @@ def test_a_run_of_more_steps_derives_what_follows_from_them(tmp_path: Path, monk
     assert (own.save_every, own.warmup) == (3, 1)
 
 
+@pytest.mark.slow
 def test_another_preset_adapts_its_own_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = asked(monkeypatch, kept(tmp_path, ICONS), "--preset", "subject")
     assert again.components == ("unet", "text_encoder")
@@ -371,6 +375,7 @@ def test_another_preset_adapts_its_own_components(tmp_path: Path, monkeypatch: p
     assert asked(monkeypatch, both, "--seed", "1").components == ("unet", "text_encoder")
 
 
+@pytest.mark.slow
 def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = kept(tmp_path, ICONS, epochs=2.0)
     assert {"epochs = 2.0", "# steps = 30  (from 2 epochs of the pictures)"} <= set(file.read_text("utf-8").splitlines())
@@ -382,6 +387,7 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, mon
     assert asked(monkeypatch, file).epochs == 2.0
 
 
+@pytest.mark.slow
 def test_python_reads_a_file_of_settings_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ("one, two", "a 🎨", "deleted\x7f")
     file = kept(tmp_path, ICONS, folder=["a", "b"], alpha=3, flip=True, preview_prompts=prompts, scheduler="linear")

@@ -58,6 +58,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_published_architectures_have_the_parameters_of_their_weights(kind: str) -> None:
     parts = skeleton(kind).parts
@@ -65,6 +66,7 @@ def test_published_architectures_have_the_parameters_of_their_weights(kind: str)
     assert all(tensor.is_meta for part in parts.values() for tensor in part.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_embedded_base_has_the_names_and_shapes_of_its_weights() -> None:
     base = load_base("icons")
     for name, part in components(base).items():
@@ -75,6 +77,7 @@ def test_the_embedded_base_has_the_names_and_shapes_of_its_weights() -> None:
     assert asdict(describe(skeleton("icons"))) | {"fingerprint": ""} == asdict(describe(base)) | {"fingerprint": ""}
 
 
+@pytest.mark.slow
 def test_a_folder_tells_the_sizes_of_its_own_autoencoder(tmp_path: Path) -> None:
     pipe: Any = make_pipe()
     pipe.vae = AutoencoderKL(
@@ -96,6 +99,7 @@ def test_a_file_chooses_its_architecture(file: str, tmp_path: Path) -> None:
     assert load(found, base, strict=True).report.found == len(tensors)
 
 
+@pytest.mark.slow
 def test_an_inpainting_base_is_known_by_its_first_convolution(tmp_path: Path) -> None:
     tensors = {"lora_unet_conv_in.lora_down.weight": torch.ones(1, 9, 3, 3), **pair(DIFFUSERS, 640, 768)}
     tensors["lora_unet_conv_in.lora_up.weight"] = torch.ones(320, 1, 1, 1)
@@ -105,6 +109,7 @@ def test_an_inpainting_base_is_known_by_its_first_convolution(tmp_path: Path) ->
     load(found, fitting(found), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [

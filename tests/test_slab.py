@@ -81,6 +81,7 @@ def test_a_swapped_adapter_draws_as_its_file_does(files: dict[str, Path], name: 
     assert torch.equal(drawn(pipe), before)
 
 
+@pytest.mark.slow
 def test_what_comes_into_free_ranks_moves_nothing(files: dict[str, Path]) -> None:
     pipe = make_pipe()
     adapters = Adapters(pipe)
@@ -107,6 +108,7 @@ def test_what_comes_into_free_ranks_moves_nothing(files: dict[str, Path]) -> Non
     assert close(drawn(pipe), alone(files["b"], 0.3))
 
 
+@pytest.mark.slow
 def test_a_swap_keeps_schedules_and_strengths_by_block(files: dict[str, Path]) -> None:
     pipe = make_pipe()
     adapters = Adapters(pipe)
@@ -125,6 +127,7 @@ def test_a_swap_keeps_schedules_and_strengths_by_block(files: dict[str, Path]) -
     assert len(kept) == 2 and strengths() == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b", "mixed"])
 def test_a_swap_that_fails_leaves_the_adapter(
     files: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +157,7 @@ def test_a_swap_that_fails_leaves_the_adapter(
     assert close(drawn(pipe), alone(files[name], 0.7))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_built_when_it_is_asked_for_and_follows_training(files: dict[str, Path]) -> None:
     pipe = make_pipe()
     adapters = Adapters(pipe)
@@ -174,6 +178,7 @@ def test_an_adapter_is_built_when_it_is_asked_for_and_follows_training(files: di
     assert not close(drawn(pipe), before)
 
 
+@pytest.mark.slow
 def test_a_slab_follows_its_component_to_another_dtype_and_back(files: dict[str, Path]) -> None:
     pipe = make_pipe()
     adapters = Adapters(pipe)

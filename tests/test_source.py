@@ -47,6 +47,7 @@ def pixels(picture: Picture) -> np.ndarray:
     return np.asarray(picture.image, np.int16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "xl", "masked"])
 def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(
     bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, kind: str
@@ -75,6 +76,7 @@ def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(
     assert resized.image.size == (64, 64) and resized.recipe.strength == 0.8
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(
     bases: dict[str, Path], files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -93,6 +95,7 @@ def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(
     assert generate(elsewhere)[0].image.tobytes() == first.image.tobytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"paints parts of a picture anew, and is not told which; give --mask"):
         run(bases["masked"], tmp_path, image=files["image"])
@@ -136,6 +139,7 @@ def test_the_command(bases: dict[str, Path], files: dict[str, Path], tmp_path: P
     assert done.returncode == 0 and done.stdout.strip() == "a.png", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", ["image", "mask"])
 def test_what_a_picture_is_made_from_is_not_replaced(
     bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, told: str

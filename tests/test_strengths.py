@@ -65,6 +65,7 @@ def test_a_table_of_strengths_is_not_taken_for_those_of_images(table: Any, drawn
     assert strengths_of(adapters.pipe.unet).values.shape[-1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Adapters, Draw], guidance: float) -> None:
     adapters, draw = drawn
@@ -86,6 +87,7 @@ def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Ad
     assert not step_watches(adapters.pipe.unet)
 
 
+@pytest.mark.slow
 def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(write_adapter(tmp_path / "words.safetensors", make_pipe(), seed=3, parts=("text_encoder",)))
@@ -95,6 +97,7 @@ def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe: Diffusion
     assert len(tiny_pipe(["a cat"] * 2, num_inference_steps=1).images) == 2
 
 
+@pytest.mark.slow
 def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn: tuple[Adapters, Draw]) -> None:
     adapters, draw = drawn
     adapters.set(flat=[0.0, 1.0])
@@ -107,6 +110,7 @@ def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn: tuple[A
     assert len(draw("a cat", "a dog", guidance_scale=1.0)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["0.5", None, {"mid_block": None}, {1: 0.5}, [None, 1.0], [], object()])
 def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(
     flat: Path, tiny_pipe: DiffusionPipeline, wrong: Any
@@ -141,6 +145,7 @@ def test_a_schedule_is_made_of_any_numbers_and_of_nothing_else() -> None:
             Schedule(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler, DDIMScheduler])
 def test_a_schedule_begins_and_ends_on_every_sampler(drawn: tuple[Adapters, Draw], scheduler: type[SchedulerMixin]) -> None:
     adapters, draw = drawn
@@ -154,6 +159,7 @@ def test_a_schedule_begins_and_ends_on_every_sampler(drawn: tuple[Adapters, Draw
     assert sorted(set(seen)) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
 
 
+@pytest.mark.slow
 def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn: tuple[Adapters, Draw]) -> None:
     adapters, draw = drawn
     other = type(adapters.pipe)(**{**adapters.pipe.components, "requires_safety_checker": False})
@@ -170,6 +176,7 @@ def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn: tupl
         adapters.pipe.unet(torch.zeros(1, 4, 8, 8), 123.4, torch.zeros(1, 77, 32))
 
 
+@pytest.mark.slow
 def test_merges_of_one_part_are_completed_and_undone(file: Path, tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(file)

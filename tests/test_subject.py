@@ -125,6 +125,7 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(
         assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"
 
 
+@pytest.mark.slow
 def test_whatever_decides_what_is_drawn_has_other_pictures(tmp_path: Path, pictures: Path) -> None:
     config = config_of(small(pictures, tmp_path, preset="subject"))
     pipe, *others = make_pipe(), make_pipe(1), make_pipe(prediction_type="v_prediction"), make_pipe(), make_pipe()
@@ -137,6 +138,7 @@ def test_whatever_decides_what_is_drawn_has_other_pictures(tmp_path: Path, pictu
     assert len(found) == 9 and class_images.class_folder(config, make_pipe(), 64) in found
 
 
+@pytest.mark.slow
 def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(tmp_path: Path, pictures: Path) -> None:
     told: dict[str, Any] = {"class_prompt": ("a red cat",), "class_images": 1, "preset": "subject", "clip_skip": 2}
     ready = prepare(small(pictures, tmp_path, **told), make_pipe(), lambda event: None, TrainingPictures())
@@ -154,6 +156,7 @@ def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(tmp_p
     assert found <= 1
 
 
+@pytest.mark.slow
 def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(tmp_path: Path, pictures: Path) -> None:
     sorted(pictures.glob("*.png"))[1].with_suffix(".txt").write_text("[trigger] a dog, (red hair:1.2)")
     settings: dict[str, Any] = {"preset": "subject", "class_images": 1, "missing_captions": "name"}
@@ -222,6 +225,7 @@ def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_tri
     assert set(drawn) == set(range(5)) and min(drawn.values()) > 8
 
 
+@pytest.mark.slow
 def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: Path, pictures: Path) -> None:
     folder = tmp_path / "class"
     draw_pictures(folder, 2)
@@ -235,6 +239,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: 
         task_of(small(pictures, tmp_path, regularisation=(tmp_path / "nowhere",)))
 
 
+@pytest.mark.slow
 def test_pictures_of_the_class_are_encoded_once_and_their_crops_are_told(tmp_path: Path, pictures: Path) -> None:
     Image.new("RGB", (96, 64), "teal").save(pictures / "a wide one.png")
     Image.new("RGB", (64, 128), "gold").save(pictures / "a tall one.png")
@@ -265,6 +270,7 @@ def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pic
 # Masks.
 
 
+@pytest.mark.slow
 def test_the_outside_of_a_mask_gives_no_gradient(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in sorted(pictures.glob("*.png")):
         draw_mask(path)
@@ -431,6 +437,7 @@ def test_the_folders_of_other_programs_are_trained_on_by_the_command(tiny_base: 
     assert any(line.startswith("1 of 1 prompts are empty: no word will call") for line in told), told
 
 
+@pytest.mark.slow
 def test_a_batch_of_copies_has_the_gradient_of_one_picture(tmp_path: Path, pictures: Path) -> None:
     """As the sum of the gradients of its images, each by what it counts; what is told of the loss is the plain mean."""
     Image.new("RGB", (64, 128), "gold").save(pictures / "a tall one.png")
@@ -463,6 +470,7 @@ def test_numbers_before_names_are_repeats_and_dates_are_not(tmp_path: Path) -> N
     assert found == {"10_mira": 10, "3_1girl": 3, "20_12": 1, "24_12_2023": 1, "mira": 1}
 
 
+@pytest.mark.slow
 def test_a_weight_scales_what_is_learned(tmp_path: Path, pictures: Path) -> None:
     task, arena = task_of(small(pictures, tmp_path, folder_weight=("pictures=0.25",)))
     moved(arena)
@@ -505,6 +513,7 @@ def test_wildcards_draw_each_alternative_and_braces_can_be_written() -> None:
     assert CaptionRules().prompt("a {red|blue} cat", random.Random(0)) == "a {red|blue} cat"
 
 
+@pytest.mark.slow
 def test_wildcards_reach_the_steps(tmp_path: Path, pictures: Path) -> None:
     for path in pictures.glob("*.png"):
         path.with_suffix(".txt").write_text("a {cat|dog}")
@@ -516,6 +525,7 @@ def test_wildcards_reach_the_steps(tmp_path: Path, pictures: Path) -> None:
 # Noise, schedule and losses.
 
 
+@pytest.mark.slow
 def test_the_pyramid_is_as_strong_as_that_of_sd_scripts() -> None:
     """How much neighbours differ, and how much the means of channels do, of many images: written out from its formula."""
     found, wanted, chance = [], [], random.Random(0)
@@ -635,6 +645,7 @@ def test_debiased_weights_are_those_of_the_paper() -> None:
     assert objective.debiased_weights("epsilon", torch.tensor([0.0, 1.0])).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"loss": "huber"}, {"loss": "smooth-l1"}, {"debiased": True}, {"multires_noise": 0.3}])
 def test_each_changes_the_loss_and_nothing_that_is_measured(tmp_path: Path, pictures: Path, changes: dict[str, Any]) -> None:
     plain, _ = task_of(small(pictures, tmp_path, held_out=0.3))

@@ -305,6 +305,7 @@ def test_the_file_gives_back_what_was_measured(text: Path, tmp_path: Path) -> No
     assert task.held_out() == result.held_out_before
 
 
+@pytest.mark.slow
 def test_text_to_measure_on_can_be_given(text: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart.txt"
     apart.write_text("The ox is slow.", "utf-8")
@@ -362,6 +363,7 @@ def test_schedule_free_has_no_schedule_unless_told() -> None:
     assert scheduler(optimizer="schedule-free", scheduler="linear") == "linear"
 
 
+@pytest.mark.slow
 def test_patience_without_text_kept_apart_is_warned_of(text: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     config = small(text, tmp_path / "run", held_out=0.0, patience=2, steps=1)
@@ -369,6 +371,7 @@ def test_patience_without_text_kept_apart_is_warned_of(text: Path, tmp_path: Pat
     assert "warning: --patience ends nothing where nothing is kept apart" in console.export_text()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_text(text: Path, tmp_path: Path) -> None:
     train_text(small(text, tmp_path / "x"), base=make_lm())
     text.write_text(LINES + "More.", "utf-8")
@@ -430,6 +433,7 @@ def test_the_cache_changes_no_token() -> None:
     assert len(found) == 12
 
 
+@pytest.mark.slow
 def test_choice_follows_temperature_and_top_p() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, -4.0])
     chance = torch.Generator().manual_seed(0)
@@ -440,6 +444,7 @@ def test_choice_follows_temperature_and_top_p() -> None:
     assert (drawn - logits.softmax(-1)).abs().max() < 0.03
 
 
+@pytest.mark.slow
 def test_seeds_and_adapters_decide_the_text(folder: Path, tmp_path: Path) -> None:
     made = tmp_path / "a.safetensors"
     base = make_lm()

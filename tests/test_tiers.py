@@ -38,6 +38,7 @@ def limited(pipe: DiffusionPipeline, files: dict[str, Path], count: int, host: i
     return adapters
 
 
+@pytest.mark.slow
 def test_the_one_that_was_used_longest_ago_waits(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = limited(tiny_pipe, files, 2)
     assert (adapters.names, adapters.waiting) == (("c", "d"), ("a", "b"))
@@ -60,6 +61,7 @@ def test_the_one_that_was_used_longest_ago_waits(files: dict[str, Path], tiny_pi
         adapters.load(files["d"], "d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [None, 1, 0])
 def test_what_waits_comes_back_as_it_was(files: dict[str, Path], tiny_pipe: DiffusionPipeline, host: int | None) -> None:
     plain, chance, before = Adapters(make_pipe()), random.Random(3), checksum(components(tiny_pipe))
@@ -80,6 +82,7 @@ def test_what_waits_comes_back_as_it_was(files: dict[str, Path], tiny_pipe: Diff
     assert checksum(components(tiny_pipe)) == before and adapters.waiting == adapters.names == ()
 
 
+@pytest.mark.slow
 def test_a_batch_brings_what_it_needs(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     how = Sampling(steps=2, width=64, height=64)
     requests = [Request("a dog", {name: 0.8}, number, sampling=how) for number, name in enumerate(NAMES)]
@@ -95,6 +98,7 @@ def test_a_batch_brings_what_it_needs(files: dict[str, Path], tiny_pipe: Diffusi
     assert len(adapters.names) == 2
 
 
+@pytest.mark.slow
 def test_one_that_is_idle_can_be_sent_to_wait(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     with pytest.raises(UserError, match="only where there is a budget"):
         Adapters(tiny_pipe).rest()
@@ -113,6 +117,7 @@ def test_one_that_is_idle_can_be_sent_to_wait(files: dict[str, Path], tiny_pipe:
     assert adapters.names == ("b", "d", "a") and adapters.loads == 4 and np.allclose(picture(tiny_pipe), drawn, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_waiting_one_is_exchanged_and_a_budget_is_a_number_of_bytes(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:

@@ -58,6 +58,7 @@ def pipe() -> DiffusionPipeline:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tile", "along", "across"), [("both", (2, 4), None), ("x", (0, 4), (4, 0)), ("y", (4, 0), (0, 4)), (None, None, (2, 4))]
 )
@@ -68,6 +69,7 @@ def test_what_is_moved_around_the_edges_is_the_same_picture_moved(
     assert across is None or off(pipe, across, tile=tile) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upscaler", ["latent", "latent-bicubic-antialiased"])
 def test_a_second_pass_keeps_the_edges_together(pipe: DiffusionPipeline, upscaler: str) -> None:
     told: dict[str, Any] = {"hires": 2.0, "hires_upscaler": upscaler, "tile": "both"}
@@ -85,6 +87,7 @@ def test_pictures_are_enlarged_and_encoded_over_their_edges(pipe: DiffusionPipel
     torch.testing.assert_close(one.roll((2, 4), (2, 3)), other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_base_is_afterwards_what_it_was_and_recipes_know(tiny_base: Path, tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_base)
     before = drawn(pipe, (0, 0))

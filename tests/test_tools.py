@@ -81,6 +81,7 @@ def told(events: list[Event]) -> str:
 # Merging files.
 
 
+@pytest.mark.slow
 def test_a_merge_is_exact_whatever_ranks_alphas_and_layers(
     files: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """Ways of merging: peft's name of each, what it is given, and what ours is given. Of DARE, chance is left out."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WAYS)
 def test_ways_of_merging_are_those_of_peft(how: str, files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     kind, theirs, ours = WAYS[how]
@@ -220,6 +222,7 @@ def seen_by_hand(base: Path, file: Path, prompts: list[str], layers: Mapping[str
     return pictures
 
 
+@pytest.mark.slow
 def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
     files: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +275,7 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
     assert told_of_two in made.lines()
 
 
+@pytest.mark.slow
 def test_ziplora_weighs_the_columns_of_each_change(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     """Where all ranks are kept a merged change is a sum of both with a factor for each input."""
     output, told = tmp_path / "both.safetensors", ["one=a cat", "two=a dog"]
@@ -324,6 +328,7 @@ def test_whole_changes_and_biases_are_added_too(files: tuple[Path, Path], tiny_b
     assert close(both[f"lora_{NORM}.diff_b"], 2 * norms[f"lora_{NORM}.b_norm"])
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_weight_needs_the_base(tiny_base: Path, tmp_path: Path) -> None:
     magnitude = noise(7, 32, 1).abs() + 1
     dora = {**pair(ATTENTION, 5, 4, 4.0), f"lora_{ATTENTION}.dora_scale": magnitude}
@@ -340,6 +345,7 @@ def test_what_depends_on_the_weight_needs_the_base(tiny_base: Path, tmp_path: Pa
         pd.merge(pd.MergeConfig([str(tmp_path / "sd1.safetensors")], output=tmp_path / "no.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_file_that_is_named_for_two_components_has_a_strength_in_each(tmp_path: Path) -> None:
     make_xl_pipe().save_pretrained(tmp_path / "xl")
     stem, end = "lycoris_text_model_encoder_layers_0_self_attn_q_proj", "encoder.layers.0.self_attn.q_proj.weight"
@@ -372,6 +378,7 @@ def test_metadata_and_triggers_of_all_are_kept(files: tuple[Path, Path], tiny_ba
     assert pd.inspect(tmp_path / "both.safetensors").ranks == {4: 1}
 
 
+@pytest.mark.slow
 def test_precision_is_that_of_the_files_and_may_be_chosen(tiny_base: Path, tmp_path: Path) -> None:
     half = {name: tensor.half() for name, tensor in pair(ATTENTION, 5, 4, 4.0).items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -422,6 +429,7 @@ def test_only_one_site_of_a_file_is_in_memory(
     assert math.isfinite(most[0])
 
 
+@pytest.mark.slow
 def test_what_is_made_waits_on_the_disk(
     files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +502,7 @@ def test_a_signal_leaves_nothing_half_written(files: tuple[Path, Path], tiny_bas
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_one_of_a_kind_is_told_in_the_singular(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora_file(tmp_path / "one.safetensors", 3, {ATTENTION: (2, 2.0)})
     output = tmp_path / "two.safetensors"

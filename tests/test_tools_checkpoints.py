@@ -77,6 +77,7 @@ def test_a_checkpoint_draws_what_base_and_adapters_draw(
     assert np.abs(drawn(tiny_base) - expected).max() > 1 / 255  # they do change the picture
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_single_file_with_the_names_of_the_original(
     adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_folder_becomes_a_single_file_with_the_names_of_the_original(
     assert pd.metadata(output)["modelspec.merged_from"] == "tiny, locon, dora"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_checkpoint_has_the_precision_that_is_asked_for(
     dtype: torch.dtype, adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path
@@ -112,6 +114,7 @@ def test_a_checkpoint_has_the_precision_that_is_asked_for(
     assert torch.equal(found[key], weight.to(dtype)) or close(found[key].float(), weight, 1e-2)
 
 
+@pytest.mark.slow
 def test_what_no_checkpoint_holds_is_refused_or_left_out(
     adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +214,7 @@ def tuned(adapters: tuple[Path, Path], tiny_base: Path, tmp_path_factory: pytest
     return folder
 
 
+@pytest.mark.slow
 def test_an_extraction_finds_the_ranks_that_were_trained(
     adapters: tuple[Path, Path], tuned: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +235,7 @@ def test_an_extraction_finds_the_ranks_that_were_trained(
     )
 
 
+@pytest.mark.slow
 def test_an_extraction_leaves_out_what_it_is_told_to(tuned: Path, tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "found.safetensors"
     words = ["extract", str(tuned), str(tiny_base), "--rank", "2", "--no-text-encoders", "--output", str(output)]
@@ -241,6 +246,7 @@ def test_an_extraction_leaves_out_what_it_is_told_to(tuned: Path, tiny_base: Pat
     assert pd.metadata(output)["ss_network_dim"] == "2"
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_differ_or_do_not_match_are_refused(
     tiny_base: Path, tmp_path: Path, xl_folder: Path
 ) -> None:

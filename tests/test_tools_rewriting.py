@@ -47,6 +47,7 @@ def rank_by_kohya(values: Tensor, method: str, target: float, most: int) -> int:
     return min(max(1, found), most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "method", "target"),
     [("--energy", "sv_cumulative", 0.7), ("--frobenius", "sv_fro", 0.9), ("--ratio", "sv_ratio", 2.0)],
@@ -85,6 +86,7 @@ def test_resizing_to_a_rank_takes_convolutions_apart_and_tells_what_is_left_out(
     assert told["ss_training_comment"] == "resized from one.safetensors: rank 4; mine"
 
 
+@pytest.mark.slow
 def test_what_is_computed_is_written_with_the_names_of_diffusers_too(lora: Path, tiny_base: Path, tmp_path: Path) -> None:
     for to in ("kohya", "diffusers"):
         pd.resize(pd.ResizeConfig(lora, output=tmp_path / f"{to}.safetensors", rank=4, to=to, base=str(tiny_base)))
@@ -98,6 +100,7 @@ def lokr() -> dict[str, Tensor]:
     return {f"lora_{ATTENTION}.lokr_w1": noise(1, 4, 4), f"lora_{ATTENTION}.lokr_w2": noise(2, 8, 8)}
 
 
+@pytest.mark.slow
 def test_a_strength_is_written_into_each_method_as_it_is_scaled(tiny_base: Path, tmp_path: Path) -> None:
     weight = make_pipe().unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q").weight.detach()
     turned = {**pair(ATTENTION, 5, 4, 4.0), f"lora_{ATTENTION}.dora_scale": noise(7, 32, 1).abs() + 1}
@@ -127,6 +130,7 @@ def test_a_strength_is_written_into_each_method_as_it_is_scaled(tiny_base: Path,
     assert any(isinstance(one, Noted) and "becomes a whole change" in one.message for one in events)
 
 
+@pytest.mark.slow
 def test_rotations_of_which_the_first_turn_nothing_are_scaled_as_rotations(tiny_base: Path, tmp_path: Path) -> None:
     blocks = {ATTENTION: torch.zeros(8, 4, 4), CROSS: 0.3 * noise(1, 8, 4, 4)}
     save_file({f"lora_{site}.oft_blocks": own for site, own in blocks.items()}, tmp_path / "oft.safetensors")
@@ -137,6 +141,7 @@ def test_rotations_of_which_the_first_turn_nothing_are_scaled_as_rotations(tiny_
     assert close(load_file(tmp_path / "a.safetensors")[f"lora_{CROSS}.diff"], 0.5 * (turned.view(32, 32) - weight), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "to"), [("component", "kohya"), ("component", "kohya-sgm"), ("block", "kohya")])
 def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, to: str, tiny_base: Path, tmp_path: Path) -> None:
     half = {name: tensor.half() for number, own in enumerate(RANKS) for name, tensor in pair(own, number, 4, 2.0).items()}
@@ -161,6 +166,7 @@ def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, to: str, 
     assert pd.metadata(parts[0].path)["ss_seed"] == pd.metadata(tmp_path / "again.safetensors")["ss_seed"] == "3"
 
 
+@pytest.mark.slow
 def test_files_of_one_site_are_not_joined_and_parts_that_are_not_there_are_named(
     lora: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +204,7 @@ def words_of(path: Path, base: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_a_learned_word_gets_another_name_and_words_of_files_come_together(tiny_base: Path, tmp_path: Path) -> None:
     cat, dog = (word_file(tmp_path / f"{word}.safetensors", f"<{word}>", tiny_base) for word in ("cat", "dog"))
     renamed = tmp_path / "felix.safetensors"
@@ -220,6 +227,7 @@ def test_a_learned_word_gets_another_name_and_words_of_files_come_together(tiny_
         pd.merge(pd.MergeConfig([str(cat), str(twin)], output=tmp_path / "no.safetensors", base=str(tiny_base)))
 
 
+@pytest.mark.slow
 def test_a_trigger_of_a_lora_changes_in_what_the_file_says_alone(lora: Path, tiny_base: Path, tmp_path: Path) -> None:
     named = lora_file(tmp_path / "named.safetensors", 4, RANKS, **{"modelspec.trigger_phrase": "ohwx, man"})
     events: list[Event] = []
@@ -238,6 +246,7 @@ def data_of(path: Path) -> str:
     return hashlib.sha256(whole[8 + struct.unpack("<Q", whole[:8])[0] :]).hexdigest()
 
 
+@pytest.mark.slow
 def test_metadata_change_and_no_byte_of_the_tensors(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes(lora.read_bytes())
@@ -260,6 +269,7 @@ def test_metadata_change_and_no_byte_of_the_tensors(lora: Path, tmp_path: Path, 
     assert "metadata is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [["get"], ["set", "a=b"], ["remove", "a"]])
 def test_metadata_of_a_pickle_lead_to_a_file_that_has_some(
     verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -47,7 +47,11 @@ def is_inner(module: nn.Module, path: str) -> bool:
     return isinstance(module, nn.Linear) and path != "lm_head"  # whose weight is the embedding's
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+# Daily work sees LoRA, and a method that asks for the whole weight.
+DAILY_FIRST = [pytest.param(one, marks=() if one[0] in ("lora", "dora") else pytest.mark.slow) for one in CASES]
+
+
+@pytest.fixture(params=DAILY_FIRST, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, dtype = request.param
     method, target = laws.METHODS[name]
@@ -125,6 +129,7 @@ def test_what_torchao_rounds_in_another_way_runs_but_is_not_merged() -> None:
     assert same(state(model), kept)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_adapter_of_the_plain_base_runs_on_one_that_torchao_quantized(tmp_path: Path) -> None:
     plain, packed = make_pipe(), make_pipe()

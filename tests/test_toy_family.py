@@ -88,6 +88,7 @@ def test_it_is_known_by_its_row() -> None:
     assert set(components(pipe)) == {"transformer", "text_encoder"}
 
 
+@pytest.mark.slow
 def test_a_folder_of_it_has_a_skeleton(tmp_path: Path) -> None:
     pipe = make_toy()
     pipe.save_pretrained(tmp_path / "base")
@@ -132,6 +133,7 @@ def test_a_pipeline_that_takes_no_embeddings_says_so_for_what_is_more_than_words
         list(paint(adapters, [Cell("a (red:1.2) cat", 0, {})], sampling))
 
 
+@pytest.mark.slow
 def test_strengths_by_block_image_and_step_and_merging(trained: Path) -> None:
     pipe = make_toy()
     plain = draw(pipe)
@@ -156,6 +158,7 @@ def test_strengths_by_block_image_and_step_and_merging(trained: Path) -> None:
     assert np.array_equal(draw(pipe), plain)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_family_is_refused(trained: Path) -> None:
     from conftest import make_pipe
 

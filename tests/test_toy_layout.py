@@ -67,6 +67,7 @@ def write(path: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_it_writes_reads_and_is_named(tmp_path: Path) -> None:
     file, kohya = write(tmp_path / "a.safetensors", "slashed"), write(tmp_path / "b.safetensors", "kohya")
     assert all(name.startswith(("toy/unet/", "toy/text_encoder/")) for name in load_file(file))

@@ -44,6 +44,7 @@ def test_it_keeps_the_law(law: Callable[[laws.Case], None], case: laws.Case) -> 
     law(case)
 
 
+@pytest.mark.slow
 def test_it_keeps_the_laws_of_files_images_and_copies(case: laws.Case, tmp_path: Path) -> None:
     copied, other = copy.deepcopy(case), copy.deepcopy(case)
     laws.test_law_5_save_and_load_keep_every_bit(case, tmp_path)

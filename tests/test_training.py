@@ -199,6 +199,7 @@ def test_noise_offset_shifts_whole_channels() -> None:
     assert difference.std() > 0.1
 
 
+@pytest.mark.slow
 def test_timesteps_cover_the_schedule_evenly() -> None:
     drawn = objective.timesteps(20_000, 1000, Timesteps(), generator("t"))
     assert drawn.bincount(minlength=1000).tolist() == [20] * 1000
@@ -507,6 +508,7 @@ def test_values_that_no_run_can_use_are_refused(changes: dict[str, Any], message
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"rank": 9, "resume": True}])
 def test_toml_goes_round_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
@@ -601,6 +603,7 @@ def test_v_prediction_is_trained_as_the_base_says(tmp_path: Path, pictures: Path
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_pictures_kept_apart_are_never_trained_on(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 10)
     prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda event: None, TrainingPictures())
@@ -647,6 +650,7 @@ def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path)
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
+@pytest.mark.slow
 def test_previews_show_what_the_pictures_do_not_and_tell_of_paper(tmp_path: Path) -> None:
     folder = tmp_path / "pages"
     folder.mkdir()
@@ -803,6 +807,7 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Pa
     other.communicate(b"\n")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_found_before_training(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -824,6 +829,7 @@ def test_an_output_that_cannot_be_written_is_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_that_there_are(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

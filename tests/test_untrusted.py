@@ -153,6 +153,7 @@ def test_a_target_of_the_users_that_never_ends_is_told() -> None:
     assert "takes longer than 2 seconds" in said and time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["a{99999999999}", "(" * 1000, "(" * 1000 + ")" * 1000, "[" * 1000, "\ud800("])
 def test_a_target_that_is_no_expression_is_told(target: str) -> None:
     assert "neither a name nor a regular expression" in one_line(lambda: targets.match(make_pipe().unet, target))
@@ -228,6 +229,7 @@ def test_a_pickled_tensor_that_is_no_plain_one_is_refused_in_a_line(
     assert name in refused_by_command(tmp_path / "a.pt", capsys)
 
 
+@pytest.mark.slow
 def test_a_number_in_a_pickle_is_an_alpha(tmp_path: Path) -> None:
     torch.save({**KOHYA, f"{STEM}.alpha": 8}, tmp_path / "a.pt")
     (adapter,) = formats.load(tmp_path / "a.pt", make_pipe()).components["unet"].values()
@@ -272,6 +274,7 @@ def test_a_line_of_captions_that_cannot_be_read_is_a_problem_of_that_line(case: 
 SETTINGS = ["steps = " + "[" * 3000, "a = " + "{a = " * 1000, "steps = " + "9" * 5000, 'trigger = "\\ud800"', "[" * 3000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SETTINGS, ids=["lists", "tables", "digits", "half a letter", "headings"])
 def test_settings_that_no_parser_survives_are_refused_in_a_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -282,6 +285,7 @@ def test_settings_that_no_parser_survives_are_refused_in_a_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_settings_without_what_has_no_default_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.toml").write_text("steps = 3\n")
     assert "run.toml does not say texts" in one_line(lambda: settings_file.load(TextTrainConfig, tmp_path / "run.toml"))
@@ -310,6 +314,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BASES)
 def test_a_base_whose_configuration_says_nothing_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
     name, key, value, said = BASES[case]

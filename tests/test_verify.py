@@ -37,6 +37,7 @@ def with_alphas(path: Path, alphas: dict[str, float]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_error_of_diffusers_is_that_of_its_own_pipeline(tiny_base: Path, tmp_path: Path) -> None:
     """It gives all modules the alpha that most have."""
     alphas = {f"lora_unet_{ATTENTION}_to_{one}": alpha for one, alpha in (("q", 4.0), ("k", 4.0), ("v", 1.0))}
@@ -56,6 +57,7 @@ def test_the_error_of_diffusers_is_that_of_its_own_pipeline(tiny_base: Path, tmp
     assert "off by up to" in found.line()
 
 
+@pytest.mark.slow
 def test_what_the_pipeline_of_diffusers_refuses_is_told_with_its_words(tiny_base: Path, tmp_path: Path) -> None:
     path = with_alphas(tmp_path / "a.safetensors", {f"lora_unet_{ATTENTION}_to_q": 4.0, f"lora_te_{CLIP}": 4.0})
     pipe: Any = make_pipe()
@@ -64,6 +66,7 @@ def test_what_the_pipeline_of_diffusers_refuses_is_told_with_its_words(tiny_base
     assert "infer state dict type" in verified(path, str(tiny_base))["diffusers"].line()
 
 
+@pytest.mark.slow
 def test_diffusers_drops_the_added_embedding_of_kohyas_names(tmp_path: Path) -> None:
     pipe: Any = make_xl_pipe()
     pipe.save_pretrained(tmp_path / "base")
@@ -79,6 +82,7 @@ def test_diffusers_drops_the_added_embedding_of_kohyas_names(tmp_path: Path) -> 
     assert found["ComfyUI"].error == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora-scaled", "locon", "loha", "loha-conv", "lokr"])
 def test_formulas_of_the_maps_agree_with_the_loader_of_lycoris(method: str, tiny_base: Path, tmp_path: Path) -> None:
     found = verified(made(tmp_path / "a.safetensors", method), str(tiny_base))
@@ -97,6 +101,7 @@ def weight_of_the_tiny_base() -> Tensor:
     return weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [0, 1])
 def test_of_a_dora_each_program_is_told_by_its_own_formula(side: int, tiny_base: Path, tmp_path: Path) -> None:
     """A1111 and InvokeAI divide by the norms of inputs always; ComfyUI, for outputs, by those of the base's own weight."""
@@ -120,6 +125,7 @@ def test_of_a_dora_each_program_is_told_by_its_own_formula(side: int, tiny_base:
         assert found["LyCORIS"].coverage == 0
 
 
+@pytest.mark.slow
 def test_a_dora_is_merged_by_peft_itself_as_it_is_meant(tiny_base: Path, tmp_path: Path) -> None:
     there = run(made(tmp_path / "a.safetensors", "dora"), tmp_path / "b.safetensors", to="diffusers", base=str(tiny_base))
     found = verified(there, str(tiny_base))["diffusers"]
@@ -128,6 +134,7 @@ def test_a_dora_is_merged_by_peft_itself_as_it_is_meant(tiny_base: Path, tmp_pat
     assert found.error == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_of_rotations_and_factors_it_is_told_how_far_off_they_are(tiny_base: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     blocks, factors = 0.2 * torch.randn(8, 4, 4, generator=generator), torch.randn(32, generator=generator)
@@ -155,6 +162,7 @@ def off(theirs: Tensor, meant: Tensor) -> Any:
     return pytest.approx(float((theirs - meant).norm() / meant.norm()), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_of_a_glora_each_program_is_told_by_its_own_formula(first: bool, tiny_base: Path, tmp_path: Path) -> None:
     """A1111's ``network_glora.py`` has LyCORIS' first version without alpha; ComfyUI's ``glora.py`` both."""
@@ -172,6 +180,7 @@ def test_of_a_glora_each_program_is_told_by_its_own_formula(first: bool, tiny_ba
         assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constraint", [0.0, 0.01])
 def test_of_a_boft_each_program_is_told_by_its_own_formula(constraint: float, tiny_base: Path, tmp_path: Path) -> None:
     """To ComfyUI alpha is the most that the norm of all skew matrices may be, to LyCORIS and A1111 alpha times the outputs
@@ -197,6 +206,7 @@ def test_of_a_boft_each_program_is_told_by_its_own_formula(constraint: float, ti
     assert found["InvokeAI"].refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_of_magnitudes_on_other_methods_each_program_is_told_by_its_own_formula(
@@ -225,6 +235,7 @@ def test_of_magnitudes_on_other_methods_each_program_is_told_by_its_own_formula(
     assert "dora_scale" in found["InvokeAI"].refused  # it takes all that has magnitudes for a LoRA, and fails
 
 
+@pytest.mark.slow
 def test_lycoris_finds_modules_of_xl_by_the_names_of_the_network_that_it_is_given(tmp_path: Path) -> None:
     from lycoris import kohya
 
@@ -261,6 +272,7 @@ def test_lycoris_finds_modules_of_xl_by_the_names_of_the_network_that_it_is_give
             assert found[program].coverage == (1 if reads else 0.5)
 
 
+@pytest.mark.slow
 def test_peft_opens_its_own_layout(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
     found = verified(run(source, tmp_path / "peft", to="peft", component=("unet",)), "sd1")["peft"]
@@ -268,6 +280,7 @@ def test_peft_opens_its_own_layout(tmp_path: Path) -> None:
     assert found.error == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_alpha_in_the_metadata_is_seen_by_diffusers_and_lost_on_comfyui(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
     found = verified(run(source, tmp_path / "b.safetensors", to="diffusers"))
@@ -277,6 +290,7 @@ def test_an_alpha_in_the_metadata_is_seen_by_diffusers_and_lost_on_comfyui(tmp_p
     assert comfy.coverage == 0.5  # today's names of attention in the UNet are unknown to it
 
 
+@pytest.mark.slow
 def test_maps_are_those_of_the_sources() -> None:
     """Names from the sources of the programs, and what each is known for not to read."""
     xl, sd1 = skeleton("sdxl"), skeleton("sd1")
@@ -309,6 +323,7 @@ def test_maps_are_those_of_the_sources() -> None:
     assert f"lora_te1_{CLIP}" in STEMS["InvokeAI"](xl)
 
 
+@pytest.mark.slow
 def test_an_alpha_of_0_and_norms_mean_what_each_program_makes_of_them(tiny_base: Path, tmp_path: Path) -> None:
     site = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     pair = {f"{site}.lora_{half}.weight": torch.ones(shape) for half, shape in (("down", (2, 32)), ("up", (32, 2)))}
@@ -322,6 +337,7 @@ def test_an_alpha_of_0_and_norms_mean_what_each_program_makes_of_them(tiny_base:
         assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_invoke_refuses_a_file_with_one_site_of_an_unknown_kind(tiny_base: Path, tmp_path: Path) -> None:
     found = verified(made(tmp_path / "a.safetensors", "oft"), str(tiny_base))["InvokeAI"]
     assert found.coverage == 0
@@ -346,6 +362,7 @@ def test_words_are_read_as_words(names: list[str], readers: set[str], tmp_path: 
         pipe.load_textual_inversion({name: torch.ones(1, 32) for name in names}, token="zxc")
 
 
+@pytest.mark.slow
 def test_the_commands_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = foreign(tmp_path / "a.safetensors")
     assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--to", "omi", "--verify"]) == 0

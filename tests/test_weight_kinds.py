@@ -42,6 +42,7 @@ def tuned() -> tuple[DiffusionPipeline, dict[str, dict[str, Tensor]]]:
     return pipe, changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"lora_unet_{SITE.replace('.', '_')}_attn1_to_q", "lora_unet_conv_out"])
 def test_comfyuis_set_weight_takes_the_place_of_the_weight(name: str, tmp_path: Path) -> None:
     """``weight.copy_(v[0])`` of ``comfy/lora.py``."""
@@ -76,6 +77,7 @@ def as_comfyui_saves(changes: dict[str, dict[str, Tensor]], pipe: DiffusionPipel
     return found
 
 
+@pytest.mark.slow
 def test_the_whole_difference_of_two_checkpoints_makes_one_of_the_other(tmp_path: Path) -> None:
     theirs, changes = tuned()
     ours = make_pipe()
@@ -100,6 +102,7 @@ def test_the_whole_difference_of_two_checkpoints_makes_one_of_the_other(tmp_path
     assert sorted(one.sum().item() for one in kept) == sorted(one.sum().item() for one in tensors.values())
 
 
+@pytest.mark.slow
 def test_the_extraction_of_lycoris_in_its_full_mode_is_read(tmp_path: Path) -> None:
     extract_diff = pytest.importorskip("lycoris.utils", reason="lycoris-lora is not installed").extract_diff
     (theirs, _), base = tuned(), make_pipe()
@@ -121,6 +124,7 @@ def test_the_extraction_of_lycoris_in_its_full_mode_is_read(tmp_path: Path) -> N
 NORM, LAYER, QUERY = f"{SITE}.norm1", f"{SITE}.ff.net.2", f"{SITE}.attn1.to_q"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "ends", "method"),
     [
@@ -199,6 +203,7 @@ def of_kohya(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
     return turned.flatten(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1e-3, 1.0])
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_rotations_of_kohya_change_the_weights_as_there(kind: str, alpha: float, tmp_path: Path) -> None:
@@ -241,6 +246,7 @@ def of_comfyui(weight: Tensor, own: dict[str, Tensor]) -> Tensor:
     return (mixed + (b1 @ b2).view(weight.shape)) * own["alpha"] / len(a2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("generation", [1, 2])
 @pytest.mark.parametrize("path", [LAYER, QUERY, "conv_in", "down_blocks.0.attentions.0.proj_in"])

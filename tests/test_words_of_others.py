@@ -70,6 +70,7 @@ def test_words_are_called_as_their_program_does(case: str, tmp_path: Path) -> No
     assert len(learned(pipe.tokenizer)) == sum(map(len, words.values()))
 
 
+@pytest.mark.slow
 def test_a_word_is_called_as_one_likes_and_of_several_one_is_chosen(tmp_path: Path) -> None:
     save_file({"emb_params": B}, tmp_path / "v1-final.safetensors")
     pipe = make_pipe()
@@ -90,6 +91,7 @@ def test_a_word_is_called_as_one_likes_and_of_several_one_is_chosen(tmp_path: Pa
         formats.plan(tmp_path / "lora.safetensors", word="<a>")
 
 
+@pytest.mark.slow
 def test_a_recipe_keeps_what_a_word_was_called(tmp_path: Path, tiny_base: Path) -> None:
     save_file({"emb_params": B}, tmp_path / "v1.safetensors")
     base = str(tiny_base)
@@ -104,6 +106,7 @@ def test_a_recipe_keeps_what_a_word_was_called(tmp_path: Path, tiny_base: Path) 
     assert first.image.tobytes() == again.image.tobytes()
 
 
+@pytest.mark.slow
 def test_a_word_for_one_text_encoder_is_told_where_there_are_two(tmp_path: Path) -> None:
     save_file({"emb_params": B}, tmp_path / "old.safetensors")
     save_file({"clip_l": B, "clip_g": B.clone()}, tmp_path / "xl.safetensors")
@@ -117,6 +120,7 @@ def test_a_word_for_one_text_encoder_is_told_where_there_are_two(tmp_path: Path)
     assert len(learned(pipe.tokenizer_2)) == 2 and not learned(pipe.tokenizer)
 
 
+@pytest.mark.slow
 def test_words_beside_a_lora_are_told(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "run.safetensors", make_pipe())
     assert formats.load(path, make_pipe()).warnings == ()
@@ -125,6 +129,7 @@ def test_words_beside_a_lora_are_told(tmp_path: Path) -> None:
     assert "trained with new words, which lie beside it in run_emb.safetensors" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_of_the_second_text_encoder_says_which_it_is_for(tmp_path: Path) -> None:
     theirs, ours = make_xl_pipe(), make_xl_pipe()
@@ -204,6 +209,7 @@ def test_a_word_in_a_picture_is_read_as_a1111_does(form: str, tmp_path: Path) ->
     assert formats.inspect(path).triggers == ("sumi_ink",)
 
 
+@pytest.mark.slow
 def test_pictures_that_hold_no_word_or_a_damaged_one_are_refused(tmp_path: Path) -> None:
     plain = Image.new("RGB", (40, 32), (200, 90, 30))
     framed = Image.new("RGB", (60, 40), (9, 9, 9))

@@ -24,6 +24,7 @@ _LONGEST = 2000  # letters of a text
 _MOST = 100  # texts of a kind
 _SUFFIXES = (".civitai.info", ".json")
 _MARKUP = re.compile(r"<[^<>]{0,1000}>")
+_PROMPT = "prompt"  # of a picture, in what Civitai answers
 _STRENGTHS = (0.05, 2.0)  # a preferred weight beyond these is no advice
 
 
@@ -153,7 +154,7 @@ def _prompts(pictures: list[Any]) -> Iterator[object]:
     for one in pictures[:_MOST]:
         meta = one.get("meta") if isinstance(one, dict) else None
         if isinstance(meta, dict):
-            yield meta.get("prompt")
+            yield meta.get(_PROMPT)
 
 
 def _texts(values: object) -> Iterator[str]:
