@@ -252,6 +252,7 @@ def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named
     adapters.remove("ink")
 
 
+@pytest.mark.slow
 def test_a_module_that_has_the_private_name_itself_is_refused(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     for own in (3, torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(1))):
@@ -273,6 +274,7 @@ def test_a_base_in_training_is_adapted_and_stays_in_training(files: list[Path], 
     assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
 
 
+@pytest.mark.slow
 def test_adapters_that_were_loaded_on_a_half_pipeline_act_in_full_on_a_wider_one(
     files: list[Path], tiny_pipe: DiffusionPipeline
 ) -> None:

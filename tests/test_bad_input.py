@@ -56,6 +56,7 @@ USAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "said"), USAGES.items())
 def test_a_wrong_command_line(line: str, said: str, tmp_path: Path) -> None:
     assert said in complaint(USAGE, *line.split(), folder=tmp_path)
@@ -101,6 +102,7 @@ def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> No
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog --w 64\n")
     (tmp_path / "pics").mkdir()
@@ -113,6 +115,7 @@ def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
         assert f"the prompt 'prompts.txt' is a file, whose lines are not read; {instead}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
 def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -124,6 +127,7 @@ def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
     assert "pipe.safetensors is no regular file, so it cannot be" in complaint(FAILED, *written.split(), folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
 def test_a_strength_that_is_no_number(ink: Path, strength: str, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}={strength}", folder=tmp_path)
@@ -148,6 +152,7 @@ def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
     assert said in complaint(FAILED, "generate", "a", "--config", "run.toml", folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -161,6 +166,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
     assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -183,6 +189,7 @@ def test_a_strength_as_other_programs_write_it(ink: Path, tmp_path: Path) -> Non
     assert f"a strength follows an =, as in {ink}=0.8" in said
 
 
+@pytest.mark.slow
 def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "work").mkdir()
@@ -198,6 +205,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monk
     assert f"{tmp_path / 'home' / 'base'} is no diffusers folder" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"), [("steps = 1.5", '"1.5" is no whole number'), ("steps = 'x'", "Invalid value for [steps] from")]
 )
@@ -239,6 +247,7 @@ CASES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_hostile_file(ink: Path, case: str, tmp_path: Path) -> None:
     content, said = hostile(ink)[case]
@@ -250,6 +259,7 @@ def test_a_hostile_file(ink: Path, case: str, tmp_path: Path) -> None:
         assert said in line
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_adapter(tmp_path: Path) -> None:
     save_file({"model.layer.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
@@ -261,6 +271,7 @@ def test_a_file_that_is_no_adapter(tmp_path: Path) -> None:
         assert "picture.safetensors" in complaint(FAILED, *arguments, "picture.safetensors", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")

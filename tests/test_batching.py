@@ -130,6 +130,7 @@ def test_what_cannot_share_a_batch_is_drawn_group_by_group_and_told(
     assert np.abs(together[2] - kept[0]).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "told"),
     [

@@ -107,7 +107,6 @@ def test_what_hurts_is_weighed_less(kind: str, files: dict[str, Path], folder: P
         plan(files[kind])
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
     files: dict[str, Path], folder: Path, tiny_base: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_names_of_each_layout_are_those_of_its_program(tmp_path: Path) -> None:
         assert set(names) <= load_file(run(source, tmp_path / f"{layout}.safetensors", to=layout)).keys()
 
 
+@pytest.mark.slow
 def test_numbers_of_a_file_stay_as_small_as_they_are_beside_alphas_of_float32(tmp_path: Path) -> None:
     blocks = torch.ones(160, 4, 4, dtype=torch.bfloat16)
     save_file({f"{KOHYA}.oft_blocks": blocks, f"{KOHYA}.alpha": torch.tensor(0.001)}, tmp_path / "a.safetensors")

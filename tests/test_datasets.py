@@ -60,6 +60,7 @@ def epoch(ready: Prepared) -> Seen:
     return found
 
 
+@pytest.mark.slow
 def test_each_folder_is_drawn_sized_and_captioned_by_its_own_settings(tmp_path: Path) -> None:
     plain = draw(tmp_path / "plain", "apple", caption="an apple")
     hats = draw(tmp_path / "hats", "hat", size=(128, 64), caption="a hat, red, blue")

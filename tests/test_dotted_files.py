@@ -292,12 +292,14 @@ SCALES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
 @pytest.mark.parametrize("case", SCALES)
 def test_scales_of_peft_mean_the_same(case: str, tmp_path: Path) -> None:
     assert_means_the_same(SCALES[case], tmp_path, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_beginning_that_changed_the_base_is_told(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=LM_LAYERS)
     peft.get_peft_model(make_lm().lm, config).save_pretrained(tmp_path)

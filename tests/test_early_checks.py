@@ -81,7 +81,6 @@ def test_what_needs_no_base_is_told_before_it_is_loaded(
             start(small(**{"folder": done / "pictures", "where": tmp_path, **changes}))
 
 
-@pytest.mark.slow
 def test_a_strength_over_steps_of_another_adapter_is_refused_before_the_base_is_loaded(
     done: Path, tmp_path: Path, unloaded: None
 ) -> None:
@@ -169,7 +168,6 @@ def test_a_resume_on_other_text_is_told_before_the_base_is_loaded(tmp_path: Path
         train_text(TextTrainConfig(texts=(text,), **settings))
 
 
-@pytest.mark.slow
 def test_what_does_nothing_beside_other_settings_is_told(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

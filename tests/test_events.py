@@ -200,7 +200,6 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert all(0 <= event.done <= event.total for event in of(Progress, told))
 
 
-@pytest.mark.slow
 def test_the_steps_losses_and_measurements_of_a_run_are_told(watched: Watched) -> None:
     told = watched.told
     prepared, started = only(Prepared, told), only(Started, told)
@@ -216,7 +215,6 @@ def test_the_steps_losses_and_measurements_of_a_run_are_told(watched: Watched) -
     assert told.index(only(Trained, told)) > told.index(of(Step, told)[-1])
 
 
-@pytest.mark.slow
 def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     told, result = watched.told, watched.result
     previews = of(Preview, told)
@@ -238,14 +236,12 @@ def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     assert told[-1] == Ended("finished", result)
 
 
-@pytest.mark.slow
 def test_every_line_of_the_console_comes_from_an_event(watched: Watched, text_told: tuple[list[Event], str]) -> None:
     for told, printed in ((watched.told, watched.console.export_text()), text_told):
         assert printed.splitlines() == [line for event in told for line in event.lines()]
         assert printed.count("\n") > 10
 
 
-@pytest.mark.slow
 def test_the_record_holds_what_was_told_before_the_first_step(watched: Watched) -> None:
     facts = json.loads((watched.result.run_dir / "run.json").read_text("utf-8"))
     begun = watched.told.index(only(Started, watched.told))

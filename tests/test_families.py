@@ -209,6 +209,7 @@ def test_masked_latents_are_found_again_on_disk(pictures: Path, tmp_path: Path) 
         assert one.masks is not None and other.masks is not None and torch.equal(one.masks, other.masks)
 
 
+@pytest.mark.slow
 def test_what_is_no_stable_diffusion_is_refused() -> None:
     with pytest.raises(UserError, match="takes 8 channels"):
         load_base(make_pipe(in_channels=8))

@@ -121,6 +121,7 @@ def test_the_timestep_is_read_by_one_product(method: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(gradients(unet), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_timestep_that_has_a_gradient_is_read_block_by_block() -> None:
     unet = make_pipe().unet.requires_grad_(False)
     site.attach(unet, "a", Lora(rank=2), r"time_embedding\.linear_1")

@@ -194,6 +194,7 @@ def test_a_load_after_sequential_offloading_is_refused_in_words(
     assert adapters.names == () and torch.equal(told(tiny_pipe), wanted)
 
 
+@pytest.mark.slow
 def test_weights_that_are_offloaded_to_files_are_not_merged_into(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -373,6 +373,7 @@ def test_a_training_of_kohya_gives_its_dataset_file_what_that_does_not_say(tmp_p
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
     place = draw(tmp_path / "cats", "a", caption="a cat")
     (tmp_path / "concepts.json").write_text(json.dumps([concept(place, image={"enable_random_flip": True})]), "utf-8")

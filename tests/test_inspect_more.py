@@ -240,6 +240,7 @@ def test_what_a_folder_holds_beside_adapters_is_named(kind: str, tmp_path: Path)
         pd.convert(pd.ConvertConfig(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_plot_is_of_one_file_and_no_adapter_is_drawn_over(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a.safetensors", make_pipe(), parts=("text_encoder",))
     before = load_file(path)

@@ -83,6 +83,7 @@ def named(tree: ast.Module) -> Iterator[str]:
                 yield from (f"import of methods.{one.name}" for one in node.names if one.name in NAMES | CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_else_names_a_method(path: Path) -> None:
     assert not set(named(ast.parse(path.read_text("utf-8"))))

@@ -192,6 +192,7 @@ def test_a_pair_at_an_embedding_is_told_by_its_shapes(tmp_path: Path) -> None:
         formats.load(tmp_path / "b.safetensors", pipe)
 
 
+@pytest.mark.slow
 def test_an_embedding_that_peft_saved_beside_its_pair_has_to_be_that_of_the_base(tmp_path: Path) -> None:
     _, path = of_peft(peft.LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path)
     ours = make_lm()
@@ -268,6 +269,7 @@ def test_the_sparse_rest_of_an_extraction_is_part_of_the_change(tmp_path: Path) 
         formats.load(tmp_path / "b.safetensors", base)
 
 
+@pytest.mark.slow
 def test_a_configuration_of_peft_that_is_not_computed_is_told(tmp_path: Path) -> None:
     _, path = of_peft(peft.LoraConfig(r=4, lora_alpha=6, target_modules=LM_LAYERS), tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())

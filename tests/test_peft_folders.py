@@ -177,6 +177,7 @@ def test_virtual_tokens_without_a_configuration_are_refused(tmp_path: Path) -> N
         formats.inspect(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_is_a_path_wherever_a_file_is(tmp_path: Path) -> None:
     own = write_adapter(tmp_path / "own.safetensors", make_pipe())
     (tmp_path / "style").mkdir()

@@ -354,6 +354,7 @@ def test_a_component_refuses_to_merge_past_a_schedule_whoever_asks(
     merge.merge(tiny_pipe.unet)
 
 
+@pytest.mark.slow
 def test_strengths_that_one_component_refuses_are_set_on_none(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files["ink"])

@@ -79,7 +79,6 @@ def page_of(path: Path) -> Page:
     return Page((path / "report.html").read_text("utf-8"))
 
 
-@pytest.mark.slow
 def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made: TrainResult) -> None:
     page = page_of(made.run_dir)
     for words in ("finished", "unet-lr", "0.003", "0.001", "broken.png", "Leakage", "Memorisation", "step 6",
@@ -101,7 +100,6 @@ def test_what_others_wrote_stays_text(made: TrainResult) -> None:
     assert NASTY in page.text and "<ink>" in page.text and "49" not in re.findall(r"'and' (\S+)", page.text)
 
 
-@pytest.mark.slow
 def test_only_settings_that_are_not_the_presets_stand_out(made: TrainResult) -> None:
     changed = run_record.Record(made.run_dir).changed()
     assert changed["unet_lr"] == (3e-3, 1e-3) and changed["rank"] == (2, 16) and changed["trigger"] == ("<ink>", "")
@@ -136,7 +134,6 @@ def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: p
     assert "Lower the learning rate" in page_of(tmp_path / "run").text
 
 
-@pytest.mark.slow
 def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, made: TrainResult) -> None:
     copy = shutil.copytree(made.run_dir, tmp_path / "copy")
     facts = json.loads((copy / "run.json").read_text())
@@ -391,7 +388,6 @@ def test_odd_measurements_are_shown_as_far_as_they_go_and_serve_a_run_that_goes_
     verdict(measurements(lines))
 
 
-@pytest.mark.slow
 def test_the_list_fits_a_narrow_terminal(
     made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

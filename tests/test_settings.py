@@ -159,6 +159,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_value_is_told_in_the_same_words_as_flag_in_a_file_and_in_python(name: str, tmp_path: Path) -> None:
     value, said = WRONG[name]

@@ -89,6 +89,7 @@ def test_a_folder_tells_the_sizes_of_its_own_autoencoder(tmp_path: Path) -> None
     assert found == replace(describe(load_base(tmp_path / "base", device="cpu")), fingerprint="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_chooses_its_architecture(file: str, tmp_path: Path) -> None:
     tensors, kind = FILES[file]

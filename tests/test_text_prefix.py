@@ -89,6 +89,7 @@ def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind: str, implementati
     assert (torch.cat(own, 1) - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind: str) -> None:
@@ -130,6 +131,7 @@ def test_rows_are_padded_and_have_strengths_of_their_own(implementation: str) ->
     assert (together - torch.stack(separate)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_lora_at_the_projections_serves_the_prefix_too() -> None:
     base, _ = with_prefix("llama")

@@ -92,6 +92,7 @@ def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft() -> 
     assert torch.allclose(own, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generation_with_the_cache_goes_on_as_in_peft() -> None:
     base = with_prompt()

@@ -98,6 +98,7 @@ def test_a_merge_is_exact_whatever_ranks_alphas_and_layers(
     assert float(both[f"lora_{KERNEL}.alpha"]) == 7  # diffusers takes alpha for the rank
 
 
+@pytest.mark.slow
 def test_a_merge_of_a_rank_leaves_out_what_the_best_of_that_rank_does(
     files: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_ways_of_merging_are_those_of_peft(how: str, files: tuple[Path, Path], t
         assert close(change(found, site), expected, 1e-4), site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["knots", "core-space"])
 def test_ways_with_a_common_basis_lose_nothing_where_nothing_is_dropped(
     how: Any, files: tuple[Path, Path], tiny_base: Path, tmp_path: Path
@@ -297,6 +299,7 @@ def test_regmean_says_what_it_lacks(files: tuple[Path, Path], tiny_base: Path, t
         pd.merge(pd.MergeConfig([*map(str, files)], how="regmean", base=str(tiny_base), prompts=["three=a cat"], **told))
 
 
+@pytest.mark.slow
 def test_methods_mix(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     save_file(loha(ATTENTION, 3, 1.5), tmp_path / "loha.safetensors")
     words = [f"{files[0]}=0.7", f"{tmp_path / 'loha.safetensors'}=0.2"]
@@ -309,6 +312,7 @@ def test_methods_mix(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) 
     )  # the product of two pairs has the product of their ranks
 
 
+@pytest.mark.slow
 def test_whole_changes_and_biases_are_added_too(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     norms = {f"lora_{NORM}.w_norm": noise(1, 32), f"lora_{NORM}.b_norm": noise(2, 32)}
     bias = {f"lora_{KERNEL}.diff_b": noise(3, 32), f"lora_{KERNEL}.diff": noise(4, 32, 32, 3, 3)}
@@ -363,6 +367,7 @@ def test_a_file_that_is_named_for_two_components_has_a_strength_in_each(tmp_path
         assert close(after[key] - before[key], strength * change(own, TEXT))
 
 
+@pytest.mark.slow
 def test_metadata_and_triggers_of_all_are_kept(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     tags = {"one": '{"10_cat": {"cat": 3}}', "two": '{"10_cat": {"cat": 2, "dog": 1}}'}
     for name, counts in tags.items():
@@ -460,6 +465,7 @@ def test_what_is_made_waits_on_the_disk(
     assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "small" / "both.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no limit on a file's size to stand for a full disk")
 def test_a_disk_that_fills_up_while_results_wait_is_told_and_left_as_it_was(
     files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -493,6 +499,7 @@ sys.exit(run_process(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not forked.POSSIBLE, reason="processes of POSIX")
 def test_a_signal_leaves_nothing_half_written(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     told = ["merge", *map(str, files), "--base", str(tiny_base), "--output", str(tmp_path / "both.safetensors")]

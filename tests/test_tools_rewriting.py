@@ -67,6 +67,7 @@ def test_resizing_keeps_the_ranks_that_kohyas_script_keeps(
         assert close(change(found, name), (u[:, :kept] * values[:kept] @ v[:kept]).float(), 1e-4), name
 
 
+@pytest.mark.slow
 def test_resizing_to_a_rank_takes_convolutions_apart_and_tells_what_is_left_out(
     lora: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -286,6 +287,7 @@ def test_metadata_of_a_pickle_lead_to_a_file_that_has_some(
     assert main(["metadata", "set", str(word.with_suffix(".safetensors")), "a=b"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["convert", "verify", "merge", "into", "resize", "strength", "split", "join", "rename"])
 def test_each_tool_tells_how_far_it_is_and_how_much_memory_it_held(tool: str, tiny_base: Path, tmp_path: Path) -> None:
     one = lora_file(

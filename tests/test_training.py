@@ -849,6 +849,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_are(
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def then_vanish(*given: Any, **named: Any) -> ImageFolder:
         found = scan(*given, **named)
