@@ -8,7 +8,14 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peft_diffusion.cli.app import COMMANDS, COMPOSE_COMMANDS, METADATA_COMMANDS, RUNS_COMMANDS, TEXT_COMMANDS
+from peft_diffusion.cli.app import (
+    COMMANDS,
+    COMPOSE_COMMANDS,
+    LIBRARY_COMMANDS,
+    METADATA_COMMANDS,
+    RUNS_COMMANDS,
+    TEXT_COMMANDS,
+)
 from peft_diffusion.cli.flags import settings_read
 from peft_diffusion.core.settings import Settings, describe
 from peft_diffusion.training.settings.datasets import Dataset
@@ -29,6 +36,7 @@ SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
     **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
     **{f"metadata {name}": _settings("metadata", f"{name}_entries") for name in METADATA_COMMANDS},
     **{f"compose {name}": _settings("compose", name) for name in COMPOSE_COMMANDS},
+    **{f"library {name}": _settings("library", f"{name}_adapters") for name in LIBRARY_COMMANDS},
 }
 
 
@@ -92,6 +100,7 @@ def commands_page() -> str:
         **{f"text {name}": said for name, said in TEXT_COMMANDS.items()},
         **{f"metadata {name}": said for name, said in METADATA_COMMANDS.items()},
         **{f"compose {name}": said for name, said in COMPOSE_COMMANDS.items()},
+        **{f"library {name}": said for name, said in LIBRARY_COMMANDS.items()},
     }
     parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
     for command, kinds in SETTINGS.items():

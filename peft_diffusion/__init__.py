@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
+    from .library import Found, Library
     from .tools.convert import Converted, convert
     from .tools.extraction import extract
     from .tools.labels import metadata, remove_metadata, rename_trigger, set_metadata
@@ -65,6 +66,7 @@ __all__ = [
     "Evaluation",
     "ExportConfig",
     "ExtractConfig",
+    "Found",
     "GenerateConfig",
     "Grid",
     "GridConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "Inspection",
     "JoinConfig",
     "LanguageModel",
+    "Library",
     "Made",
     "MergeConfig",
     "Picture",
@@ -141,6 +144,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Inspection": "formats",
             "JoinConfig": "tools.tool_settings",
             "LanguageModel": "bases",
+            "Found": "library",
+            "Library": "library",
             "Made": "tools.results",
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",

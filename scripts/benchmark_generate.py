@@ -1,12 +1,14 @@
 """Drawing with LoRAs: this package against diffusers with peft, eager and as one recorded graph, in one run.
 
     python scripts/benchmark_generate.py                                  # SD1.5 and SDXL, 1 and 8 LoRAs, on CUDA
+    python scripts/benchmark_generate.py --kinds sd1 --loras 1 --compiled default reduce-overhead   # theirs compiled too
     python scripts/benchmark_generate.py --kinds tiny --device cpu --loras 1 2 --steps 4   # sees that the script works
 
 Weights are random and the LoRAs (rank 16, on attention) are files that both sides load. First the gate: a step of both sides
 gives the same, up to the rounding of the precision. Then, for each side: loading the first and the last file, setting a
 strength, exchanging one file for another, a step of the network (batch 2, one guided picture), and the whole picture. Peak
-memory is that of the picture. Medians, in milliseconds.
+memory is that of the picture. Medians, in milliseconds. With ``--compiled`` their UNet runs through ``torch.compile`` as
+well, in each mode that is named; its first call is the time that compiling takes.
 """
 
 import argparse
@@ -37,6 +39,7 @@ RANK = 16
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 IN_A_ROW = 10
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 NEAR = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-5}  # of a step's size, what two orders of rounding may differ by
 
 
@@ -44,6 +47,7 @@ def main() -> None:
     """The gate and the figures of each architecture."""
     parser = parser_of(__doc__, repeats=5)
     parser.add_argument("--loras", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--compiled", nargs="+", default=[], choices=MODES, help="modes of torch.compile for their UNet")
     options = read(parser)
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.kinds:
@@ -139,20 +143,22 @@ class Comparison:
         for count in self.options.loras:
             theirs = self._theirs(count)
             ours = self._ours(count)
-            far = float((ours["answer"] - theirs["answer"]).norm() / theirs["answer"].norm())
-            print(
-                f"{self.kind} {count} LoRAs: a step of both differs by {far:.2g}; {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-            if not far <= NEAR[self.options.precision]:
-                raise UserError("the gate was not passed: both sides compute something else, so their times compare nothing")
+            self._check(f"{count} LoRAs, a step of both", ours["answer"], theirs["answer"])
+            print(f"{self.kind} {count} LoRAs: {time.monotonic() - began:.0f} s", flush=True)
             for name in theirs:
                 if name != "answer":
-                    ratio = theirs[name] / ours[name] if ours.get(name) else float("nan")
+                    ratio = theirs[name] / ours[name] if ours.get(name) else None
                     self._row(f"{count} LoRAs, {name}", ours.get(name), theirs[name], ratio)
             for name in ours.keys() - theirs.keys():
                 self._row(f"{count} LoRAs, {name}", ours[name], None, None)
         print(markdown_table([f"{self.kind}, ms", "ours", "diffusers + peft", "ratio"], self.rows), flush=True)
+
+    def _check(self, what: str, one: Tensor, other: Tensor) -> None:
+        """The gate. Raises UserError where two answers are not the same up to the rounding of the precision."""
+        far = float((one - other).norm() / other.norm())
+        print(f"{self.kind} {what} differs by {far:.2g}", flush=True)
+        if not far <= NEAR[self.options.precision]:
+            raise UserError("the gate was not passed: both sides compute something else, so their times compare nothing")
 
     def _row(self, what: str, *figures: float | None) -> None:
         self.rows.append([what, *("-" if one is None else f"{one:.4g}" for one in figures)])
@@ -263,7 +269,22 @@ class Comparison:
         found["answer"] = self._answer()
         if self.device.type == "cuda":
             found["step as a graph"] = self._graph()
+        for mode in self.options.compiled:
+            found |= {f"{name}, compiled ({mode})": figure for name, figure in self._compiled(mode, found["answer"]).items()}
         self.pipe.unload_lora_weights()
+        return found
+
+    def _compiled(self, mode: str, plain: Tensor) -> dict[str, Any]:
+        """The network as it stands, compiled: its first call, a step and a picture, after the gate."""
+        found: dict[str, Any] = {}
+        torch._dynamo.reset()  # so that nothing of another mode is there
+        network, self.pipe.unet = self.pipe.unet, torch.compile(self.pipe.unet, mode=None if mode == "default" else mode)
+        try:
+            found["first call"] = self._time(self._answer, 1, 0)
+            self._check(f"compiled ({mode}), a step", self._answer().clone(), plain)
+            found["step"], found["picture"] = self._step(self._answer), self._time(self._picture)
+        finally:
+            self.pipe.unet = network
         return found
 
     def _ours(self, count: int) -> dict[str, Any]:
@@ -279,6 +300,8 @@ class Comparison:
         found["set"] = self._time(lambda: adapters.set(dict.fromkeys(names, 0.5)))
         self._drawn(found)
         found["answer"], found["step as a graph"] = self._answer(), found["step"]
+        for mode in self.options.compiled:
+            found |= {f"{name}, compiled ({mode})": found[name] for name in ("step", "picture")}
         before = adapters.recordings
 
         def swap() -> None:

@@ -49,7 +49,7 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training import ComposeTrainConfig, TrainConfig
 from scripts.blends import curves, judges
-from scripts.blends.ways import ENDS, SHARES, Pair, Point, Way, beside_name, every, merge_one, merges
+from scripts.blends.ways import ENDS, SHARES, Merged, Pair, Point, Way, beside_name, every, merge_one, merges
 from scripts.build_base.captions import with_article
 from scripts.measuring import markdown_table, run
 
@@ -178,7 +178,7 @@ def _take(found: Found) -> None:
 def _measure_all(found: Measure, pairs: Sequence[Pair], way: Way, merged: Callable[[], object]) -> None:
     """Measure all pairs in a way, but for those that are known."""
     asked = [pair for pair in pairs if not found.measured(pair, way)]
-    if way.name.startswith("merge ") and asked:
+    if isinstance(way, Merged) and asked:
         merged()
     if way.kind is not None:
         _learn(found, asked, way)
@@ -319,15 +319,10 @@ def points_of(way: Way, options: argparse.Namespace) -> list[Point]:
     return [*ENDS, *way.points[: options.points]]
 
 
-def _draws_ends(way: Way) -> bool:
-    """Whether the ends of a way are its own, and not those of plain strengths."""
-    return way.name in ("plain", "beside")
-
-
 def _measure(found: Measure, pair: Pair, way: Way) -> None:
     """Draw and judge a pair in a way."""
     points = points_of(way, found.options)
-    if not _draws_ends(way):
+    if not way.draws_ends:
         points = points[len(ENDS) :]
     seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
     with _loaded(found, way, pair) as strengths:
@@ -342,7 +337,7 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
             return
     shape = (len(points), len(seeds), len(prompts))
     scores = judge(found, pair, pixels, shape)
-    if not _draws_ends(way):  # at the ends one acts alone, in any way
+    if not way.draws_ends:  # at the ends one acts alone, in any way
         plain = found.scores[pair.name]["plain"][: len(ENDS)]
         scores, points = torch.cat([plain, scores]), [*ENDS, *points]
     found.scores.setdefault(pair.name, {})[way.name] = scores

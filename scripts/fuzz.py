@@ -36,7 +36,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
@@ -63,6 +63,7 @@ from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.picture_formats import Carried, PictureFormat
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.tags import Shelf
+from peft_diffusion.library import Library
 from peft_diffusion.methods.lora.adapter import LoraAdapter
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.record.run_record import Record
@@ -953,9 +954,58 @@ def _letters(prompt: str) -> str:
     return re.sub(r"\bBREAK\b", "Break", prompt)
 
 
+# What stands beside an adapter, and what a library makes of it and of its metadata.
+
+_SIDECARS = {
+    "trainedWords": texts, "baseModel": texts, "tags": texts, "description": texts, "images": texts, "model": texts,
+    "activation text": texts, "preferred weight": values, "sd version": st.sampled_from(["SD1", "SDXL", "Pony", 3]),
+}  # fmt: skip
+sidecars = st.one_of(
+    values.map(dumped),
+    st.just(_DEEP),
+    st.fixed_dictionaries({}, optional={name: st.one_of(one, values, st.lists(one)) for name, one in _SIDECARS.items()}).map(
+        dumped
+    ),
+)
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x02\0\0\0"
+beside_cases = st.tuples(
+    sidecars,
+    sidecars,
+    st.one_of(st.binary(max_size=60), st.binary(max_size=40).map(lambda data: _PNG + data)),
+    st.dictionaries(
+        st.sampled_from(["ss_tag_frequency", "modelspec.tags", "modelspec.thumbnail", "ss_output_name"]), sidecars
+    ),
+)
+
+
+def beside(world: World, case: tuple[str, str, bytes, dict[str, str]]) -> None:
+    """An adapter with JSON of two programs and a picture beside it, added to a library and looked for."""
+    own, other, picture, told = case
+    folder = world.folder / "beside"
+    folder.mkdir(exist_ok=True)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    pair = {f"{name}.lora_down.weight": torch.zeros(1, 768), f"{name}.lora_up.weight": torch.zeros(320, 1)}
+    metadata = {key: value.encode("utf-8", "ignore").decode() for key, value in told.items()}
+    save_file(pair, folder / "a.safetensors", metadata)
+    (folder / "a.json").write_bytes(own.encode("utf-8", "ignore"))
+    (folder / "a.civitai.info").write_bytes(other.encode("utf-8", "ignore"))
+    (folder / "a.png").write_bytes(picture)
+    world.case("beside", lambda: _in_library(folder))
+
+
+def _in_library(folder: Path) -> None:
+    with Library(folder / "library.sqlite3") as library:
+        made = library.add([folder])
+        "\n".join(made.lines()).encode("utf-8", "backslashreplace")
+        assert len(library) == 1
+        for found in library.search("a red apple", words_only=True):
+            assert 0 <= found.score <= 1 and found.strength > 0
+        library.choose("apple", 1).message.encode("utf-8", "backslashreplace")
+
+
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], float]] = {
     "header": (header_cases, headers, 0.12),
-    "metadata": (metadata_cases, metadata, 0.15),
+    "metadata": (metadata_cases, metadata, 0.13),
     "adapter_config": (config_cases, adapter_configs, 0.13),
     "kohya": (kohya_cases, kohya_files, 0.07),
     "kinds": (kinds_cases, kinds, 0.06),
@@ -969,6 +1019,7 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], f
     "imported": (imported_cases, imported, 0.03),
     "recipe": (recipe_cases, recipes, 0.06),
     "base": (base_cases, bases, 0.02),
+    "beside": (beside_cases, beside, 0.02),
 }
 """By name: how cases are drawn, what is done with one, and the share of all cases."""
 

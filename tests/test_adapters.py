@@ -110,6 +110,8 @@ def test_strengths_per_image_and_per_block(files: list[Path], tiny_pipe: Diffusi
     assert np.abs(pictures(1)[0] - together[2]).max() <= 1
     adapters.set(flat={"mid_block": 1.0})
     assert not np.array_equal(pictures(1)[0], together[2]) and not np.array_equal(pictures(1)[0], together[0])
+    with pytest.raises(UserError, match=r"'unet' is a component and no block; say ByPart\(components="):
+        adapters.set(flat={"unet": 0.5, "text_encoder": 0.25})  # as of set_adapters of diffusers
     with pytest.raises(UserError, match="no block nowhere"):
         adapters.set(flat={"nowhere": 1.0})
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
 from peft_diffusion.core.events import Event, Noted
+from peft_diffusion.generation import overlap_drawing
 from peft_diffusion.generation.calibration import Calibration, Row, _least
 from peft_diffusion.generation.overlap_files import write
 from peft_diffusion.generation.settings import Sampling
@@ -160,7 +161,9 @@ def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapter
 def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     files: dict[str, Path], adapters: Adapters, tmp_path: Path
 ) -> None:
-    factors = adapters.calibrate(["a cat"], sampling=Sampling(steps=1, guidance=1.0)).factors
+    halved = ByPart(components=dict.fromkeys(("text_encoder", "text_encoder_2"), 0.5))
+    alone: dict[str, float | ByPart] = {"ink": 1.0, "flat": halved}  # as they act
+    factors = adapters.calibrate(["a cat"], alone, sampling=Sampling(steps=1, guidance=1.0)).factors
     for name in adapters.names:
         adapters.remove(name)
     chosen = (f"{files['ink']}=0.5", f"{files['flat']}=0.25,te:0.5")
@@ -193,7 +196,7 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
     for size in (one for one in found.sizes if (one.component, one.site) == (component, path)):
         assert size.change == pytest.approx(float(changes[size.adapter].norm()), rel=1e-3)
         assert size.relative == pytest.approx(size.change / float(before.norm()))
-    met = next(one for one in found.meetings if (one.component, one.site) == (component, path))
+    met = next(one for one in found.overlaps if (one.component, one.site) == (component, path))
     ink, flat = (changes[name].flatten(1).double() for name in ("ink", "flat"))
     assert met.cosine == pytest.approx(float(torch.cosine_similarity(ink.flatten(), flat.flatten(), 0)), abs=1e-3)
     for told, one, other in ((met.writes, ink, flat), (met.reads, ink.T, flat.T)):
@@ -222,17 +225,33 @@ def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str
     adapters.remove("flat")
     sampling = Sampling(steps=1, guidance=1.0)
     found = adapters.report(["a cat"], sampling=sampling)
-    for one in found.meetings:
+    for one in found.overlaps:
         assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
     assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
     assert found.even == pytest.approx({"ink": 0.5, "again": 0.5})
     assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5}, abs=1e-3)
     assert found.excess == pytest.approx(0, abs=1e-8) and found.excess_whole is not None and found.excess_whole > 1e-6
     assert all(one.cosine == pytest.approx(1, abs=1e-4) for one in found.conflicts)
-    assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"
+    assert json.loads(json.dumps(found.as_json()))["overlaps"][0]["first"] == "ink"
 
 
 @torch.no_grad()
+def test_the_first_prompts_that_are_drawn_have_some_of_each_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a measurement takes the first few alone."""
+    taken: list[str] = []
+
+    def acting(_: Any, names: Any, cells: Any, *__: Any) -> tuple[Any, Any]:
+        taken.extend(cell.prompt for cell in cells)
+        return (), ()
+
+    monkeypatch.setattr(overlap_drawing, "acting", acting)
+    monkeypatch.setattr(overlap_drawing, "suggested", lambda *_: None)
+    prompts = {"ink": ["ink 1", "ink 2", "ink 3"], "flat": ["flat 1"]}
+    nobody: Any = None  # as nothing is drawn
+    overlap_drawing.drawn(nobody, prompts, 0, Sampling(), effects={})
+    assert taken == ["ink 1", "flat 1", "ink 2", "ink 3"]
+
+
 def test_what_adapters_add_to_outputs_is_what_layers_give_with_and_without_them(adapters: Adapters) -> None:
     sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
     found = adapters.report(["a cat"], seed=3, sampling=sampling)

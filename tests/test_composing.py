@@ -20,6 +20,8 @@ from peft_diffusion import Adapters, ComposeTrainConfig, GenerateConfig, UserErr
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
+from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.core.learned_kinds import LEARNED_KINDS
 from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
 from peft_diffusion.formats import composition, plan
 from peft_diffusion.methods.lora import Lora
@@ -71,7 +73,7 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(folder: Path, base: Path, kind: str, output: str) -> ComposeTrainConfig:
     return ComposeTrainConfig(
-        (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,  # type: ignore[arg-type]
+        (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,
         base=str(base), output=folder / output, steps=12, batch_size=2, lr=0.1, device="cpu",
     )  # fmt: skip
 
@@ -198,6 +200,13 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
         adapter = [f"{one}={amount}" for one, amount in zip(both, amounts, strict=True)]
         (alone,) = generate(GenerateConfig("a cat", adapter=adapter, output=tmp_path / "b", **common), pipe=tiny_pipe)
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone.image, dtype=int)).max() <= 1
+    told: list[Event] = []
+    other = edited(files[kind], folder / f"other_{kind}.safetensors", base={"name": "elsewhere", "fingerprint": "0" * 16})
+    again: dict[str, Any] = {**common, "compose_file": other, "output": tmp_path / "c"}
+    generate(GenerateConfig("a cat", **again), pipe=tiny_pipe, observers=[told.append])
+    other.unlink()
+    warned = [one.message for one in told if isinstance(one, Warned)]
+    assert [one for one in warned if "was learned on 'elsewhere', whose weights differ from this base's" in one]
     config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
     with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
         config.check()
@@ -214,7 +223,12 @@ def third(folder: Path, to: Path) -> list[str]:
 def test_inspect_tells_what_a_composition_holds(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(files["strengths"]), str(files["gates"])]) == 0
     told = capsys.readouterr().out
-    for words in ("ink.safetensors", "strengths: a number for each", "gates: a router", "strengths from the first quarter"):
+    for words in (
+        "ink.safetensors",
+        "strengths: a number for each",
+        "gates: a small router",
+        "strengths from the first quarter",
+    ):
         assert words in told
     assert main(["inspect", "--json", str(files["strengths"])]) == 0
     (one,) = json.loads(capsys.readouterr().out)["files"]
@@ -226,7 +240,7 @@ def edited(file: Path, path: Path, **changes: Any) -> Path:
     """A composition that says something else of itself."""
     told = composition.read(file)
     values = {**vars(told), **changes}
-    composition.write(path, composition.Composition(**values), told.learned())
+    composition.write(path, composition.CompositionSpec(**values), told.learned())
     return path
 
 
@@ -261,7 +275,8 @@ def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, t
     [
         ({"adapters": ()}, "name the adapters to compose"),
         ({"data": ("ink",)}, "there are 2 adapters and 1 folders of pictures"),
-        ({"adapters": ("ink.safetensors",), "data": ("ink",)}, "gates share out between adapters; give two or more"),
+        ({"adapters": ("ink.safetensors",), "data": ("ink",)}, "gates share out between adapters; give 2 or more"),
+        ({"kind": "strengths", "balance": 0.1}, "--balance is for gates; strengths are always free"),
         ({"adapters": ("ink.safetensors", "ink.safetensors")}, "are the same adapter; give each once"),
         ({"output": "ink.safetensors"}, "is there already; choose another --output"),
     ],
@@ -274,6 +289,12 @@ def test_a_training_that_cannot_be_is_refused_before_anything_is_loaded(
     told |= {"output": "never.safetensors", "base": "/nowhere", **changes}
     with pytest.raises(UserError, match=words):
         pd.train_composition(ComposeTrainConfig(**told))
+
+
+def test_every_kind_that_can_be_asked_for_can_be_made() -> None:
+    assert list(KINDS) == list(LEARNED_KINDS)
+    assert [ComposeTrainConfig(kind=one).balance_weight for one in LEARNED_KINDS] == [0.0, 0.001]
+    assert ComposeTrainConfig(kind="gates", balance=0.0).balance_weight == 0
 
 
 def test_shares_begin_equal_and_imbalance_is_that_of_the_paper() -> None:

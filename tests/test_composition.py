@@ -1,6 +1,7 @@
 """Composition of adapters: pictures against the denoising loop written out, and what recipes and refusals say of it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from peft_diffusion import (
 from peft_diffusion.core.slot import slot_of
 from peft_diffusion.generation.composition import composed, rows_of
 from peft_diffusion.generation.compositions import COMPOSITIONS, LEARNED, Compose
-from peft_diffusion.generation.compositions.declared import Drawing
+from peft_diffusion.generation.compositions.declared import Composition, Drawing, used
 from peft_diffusion.generation.sampler import Cell
 
 STEPS, GUIDANCE, RANK = 5, 2.0, 4
@@ -219,6 +220,25 @@ def test_k_lora_is_its_published_rule_at_each_layer(
     assert all(slot.adapters.stored("ink") is not None for slot in slots)  # none was built for it
 
 
+def test_k_lora_leaves_layers_to_one_where_the_other_is_off(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    adapters = Adapters(tiny_pipe)
+    for file in files.values():
+        adapters.load(file)
+    cell = Cell("a cat", 0, {"ink": ByPart(0.75, {"text_encoder": 0.0}, {"mid": 1.0}), "flat": 0.5})
+    (found,) = composed([cell], "k-lora", Drawing(adapters, tiny_pipe.scheduler, STEPS))
+    adapters.set(dict(found.strengths or {}))
+    strengths, mid = strengths_of(tiny_pipe.unet), 0
+    for progress in (0.0, 0.5, 1.0):
+        strengths.at_progress(progress)
+        for path, module in tiny_pipe.unet.named_modules():
+            if (slot := slot_of(module)) is not None:
+                on = strengths.present[:2, slot.block, 0].tolist()
+                assert on == [0.0, 0.5] or (path.startswith("mid_block") and on == [0.75, 0.0]), (path, progress)
+                mid += on[0] > 0
+    assert mid  # the first has steps where it acts
+    assert strengths_of(tiny_pipe.text_encoder).scalar("flat").unique().tolist() == [0.5]
+
+
 def test_k_lora_takes_two_adapters_with_a_layer_in_common(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -231,6 +251,28 @@ def test_k_lora_takes_two_adapters_with_a_layer_in_common(
         generate(GenerateConfig("a cat", adapter=both, **told), pipe=tiny_pipe)
     with pytest.raises(UserError, match="--compose k-lora is for 2 adapters, and 3 are given"):
         generate(GenerateConfig("a cat", adapter=(*both, str(files["flat"])), **told), pipe=tiny_pipe)
+
+
+def test_a_composition_is_one_file_and_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What draws reads the table, and knows none by its name."""
+
+    class Halves(Composition):
+        name, words, most = "halves", "the first at half its strength, and a row without any", 1
+
+        def rows(self, cell: Cell) -> list[tuple[Cell, float]]:
+            return [(cell, 0.75), (replace(cell, strengths={}), 0.25)]
+
+        def strengths(self, cell: Cell, drawing: Drawing) -> Mapping[str, float | ByPart]:
+            return {name: one.scaled(0.5) for name, one in used(cell).items()}
+
+    monkeypatch.setitem(COMPOSITIONS, Halves.name, Halves())
+    nothing: Any = None
+    laid = rows_of([Cell("a cat", 0, {"ink": 0.8}), Cell("a dog", 0, {"ink": 0.4})], "halves")
+    assert laid.pictures == (0, 0, 1, 1) and laid.weights == (0.75, 0.25, 0.75, 0.25)
+    drawn = composed(laid.cells, "halves", Drawing(nothing, nothing, 4))
+    assert [one.strengths for one in drawn] == [{"ink": ByPart(0.4)}, {}, {"ink": ByPart(0.2)}, {}]
+    with pytest.raises(UserError, match="--compose halves is for 1 adapter, and 2 are given"):
+        COMPOSITIONS["halves"].check(2)
 
 
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:

@@ -23,6 +23,12 @@ from peft_diffusion.core import merge, plugins, settings_file, site, target_tabl
 from peft_diffusion.core import method as core_method
 from peft_diffusion.core.settings import Settings, describe, pick, settings_of
 from peft_diffusion.generation.settings import DemoConfig, InspectConfig
+from peft_diffusion.library.settings import (
+    LibraryAddConfig,
+    LibraryListConfig,
+    LibraryRemoveConfig,
+    LibrarySearchConfig,
+)
 from peft_diffusion.serve.settings import ServeConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
 from peft_diffusion.training.run import next_command
@@ -58,6 +64,10 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
     ("compose", "train"): (pd.ComposeTrainConfig,),
+    ("library", "add"): (LibraryAddConfig,),
+    ("library", "search"): (LibrarySearchConfig,),
+    ("library", "list"): (LibraryListConfig,),
+    ("library", "remove"): (LibraryRemoveConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
     ("text", "generate"): (pd.TextGenerateConfig,),
 }
@@ -337,6 +347,7 @@ def test_every_command_is_shown() -> None:
         *(f"text {name}" for name in application.TEXT_COMMANDS),
         *(f"metadata {name}" for name in application.METADATA_COMMANDS),
         *(f"compose {name}" for name in application.COMPOSE_COMMANDS),
+        *(f"library {name}" for name in application.LIBRARY_COMMANDS),
     }
     typed = [words for page in PAGES for words in commands(page)]
     assert all(any(tuple(words[: len(name)]) == name for words in typed) for name in COMMANDS)

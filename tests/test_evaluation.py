@@ -223,6 +223,19 @@ def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: Diffus
         read_gallery(ink, "ink", tiny_pipe, without=set(digests))
 
 
+def test_what_is_left_out_of_a_folder_is_told(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "ink", range(3))
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
+    (folder / "3.png").write_bytes(b"no picture")
+    told: list[Event] = []
+    assert len(read_gallery(folder, "ink", tiny_pipe, tell=told.append).pictures) == 2
+    warned = " ".join(one.message for one in told if isinstance(one, Warned))
+    assert "the same content as" in warned and "3.png" in warned
+    (folder / "0.txt").unlink()
+    with pytest.raises(UserError, match=r"0\.png: .* Write one beside it: prompts are made of captions$"):  # by no option
+        read_gallery(folder, "ink", tiny_pipe)
+
+
 # The bench.
 
 
@@ -323,7 +336,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert ink.values["fall"][0.0] == Estimate(0.0, 0.0, 2) and ink.values["moved"][0.0].mean == 0.0
     assert ink.values["loss"][0.0] != ink.values["loss"][1.0] and ink.values["moved"][1.0].mean > 0
     assert ink.prompts[0] == "ink drawing of a cat" and ink.leak_prompts[0] == "a cat"
-    assert [(one.own, one.other) for one in found.meetings] == [("ink", "flat"), ("flat", "ink")]
+    assert [(one.own, one.other) for one in found.interference] == [("ink", "flat"), ("flat", "ink")]
     assert set(found.trust.styles) == {"ink", "flat", "flat 2", BASE} and found.trust.styles[BASE][1] == 8
     messages = [one.message for one in told if isinstance(one, (Warned, Noted))]
     assert any("2 of 4 pictures were trained on" in one for one in messages)
@@ -338,12 +351,15 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
 
 
 def test_copies_are_looked_for_among_all_that_was_trained_on(
-    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_pipe: DiffusionPipeline
+    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_base: Path, tmp_path: Path
 ) -> None:
     _, config, _ = evaluated
+    tiny_pipe = load_base(str(tiny_base), device="cpu")
     adapters, choice = Adapters(tiny_pipe), config.choices()[0]
-    name = adapters.load(choice.path, name="ink")
-    case = _case(replace(config, pictures=2), choice, name, adapters, icons, lambda event: None)
+    name = adapters.load(make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, ("sks",)), name="ink")
+    told: list[Event] = []
+    case = _case(replace(config, pictures=2, leak_prompts=("a Sks cat",)), choice, name, adapters, icons, told.append)
+    assert [one for one in told if isinstance(one, Warned) and '"a Sks cat" calls ink by "sks"' in one.message]
     assert case.copies is not None and len(case.copies.trained) == 6 and len(case.images) == len(case.copies.unseen) == 2
     of_all = decoded(encoded(read_gallery(config.folders("trained")["ink"], "all", tiny_pipe), tiny_pipe).latents, tiny_pipe)
     assert case.copies(of_all)["nearness"] == 0.0
@@ -360,7 +376,7 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
     examples = encoded(read_gallery(flat, "flat", adapters.pipe), adapters.pipe)
     alone, both = bench.losses(examples, {"flat": 1.0}), bench.losses(examples, {"flat": 1.0, "ink": 1.0})
     wanted = estimate([after / before - 1 for after, before in zip(both, alone, strict=True)])
-    told = found.meetings[1].loss
+    told = found.interference[1].loss
     assert told is not None and told.mean == pytest.approx(wanted.mean, rel=1e-4)
     assert told.half == pytest.approx(wanted.half, rel=1e-3)
     assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)
@@ -380,12 +396,13 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
     assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
     assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
-    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 120), BASE)
-    assert list(met) == pytest.approx([0.5, 0.5, 0.5])
+    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 180, 120), BASE)
+    assert list(met) == pytest.approx([2 / 3, 1 / 3, 0.6])  # its own first, then the other's
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
     copies = Copies.of(judge, judge.marks(grey(50, 60)), grey(70, 80))
     assert copies(grey(60, 90)) == {"nearness": pytest.approx(1.0), "copies": 0.5}
+    assert copies(grey(60, 75))["copies"] == 0.5  # the second is farther than the nearest real picture, and no copy
     trust = taught.trust(styles)
     assert trust.styles == {"ink": (1.0, 4), BASE: (1.0, 3)} and trust.subjects is None
 
@@ -399,6 +416,8 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
         ({"data": ()}, "real pictures to judge by"),
         ({"data": ("one",)}, "no folder for flat"),
         ({"data": ("one", "two", "three")}, "this is folder 3"),
+        ({"data": ("flat=one", "two")}, "--data two is a second folder for flat"),
+        ({"trained": ("ink=one", "ink=two")}, "--trained ink=two is a second folder for ink"),
         ({"judge": "clip", "judge_model": "nowhere"}, "no judge 'nowhere'"),
     ],
 )
@@ -415,7 +434,10 @@ def test_the_command_prints_tables(
 ) -> None:
     """With a way of composing that takes just two adapters, and makes no sum of which there were a loss."""
     told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
-    given = ["--data", str(ink), str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    plain = _folder(tmp_path / "plain", range(20, 23))
+    for words in plain.glob("*.txt"):
+        words.unlink()  # a style is told without
+    given = ["--data", str(ink), str(ink), "--against", str(plain), "--base", str(tiny_base), "--device", "cpu"]
     code = main(["evaluate", *map(str, files.values()), *given, *told, "--compose", "k-lora"])
     shown = capsys.readouterr()
     assert code == 0, shown.err

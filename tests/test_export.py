@@ -49,6 +49,8 @@ def test_a_run_leaves_adapter_files_that_load_and_say_their_step(run: TrainResul
     assert (
         told.training["steps_done"] == 2 and told.triggers == ("ink style",) and told.methods == spec_of(run.output).methods
     )
+    counted = told.training["tag_frequency"]["captions"]  # of captions from the pictures' names
+    assert list(counted.values()) == [1] * told.training["images"]
     lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     measured = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert told.training["held_out_loss"] == measured[2] != measured[4]

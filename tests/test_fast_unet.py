@@ -1,5 +1,6 @@
 """A fused UNet: the same numbers as the plain one, less kept for backward, and afterwards as it was."""
 
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,10 +25,12 @@ from peft_diffusion.fast.unet import (
     FusedTransformer,
     channels_last,
     fused,
+    side_by_side,
     swapped,
 )
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.machine.low_memory import recomputed
 
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -84,6 +88,48 @@ def test_the_modules_are_fused_inside_and_afterwards_as_they_were() -> None:
     assert site.base_class(unet.conv_in) is nn.Conv2d
     site.detach(unet, "a")
     assert [type(one) for one in unet.modules()] == before and checksum({"unet": unet}) == digest
+
+
+@pytest.mark.parametrize("method", ["lora", "biases", "all"])
+def test_the_timestep_is_read_by_one_product(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = unet_with("lora", torch.float32)
+    blocks = [one for one in unet.modules() if isinstance(one, ResnetBlock2D)]
+    own = blocks[1].time_emb_proj
+    if method != "lora":
+        kind = METHODS[method][0]
+        paths = [re.escape(path) for path, one in unet.named_modules() if one is own or one is blocks[2].conv1]
+        site.attach(unet, "b", kind, "|".join(paths))
+    expected, widths = gradients(unet), {len(block.time_emb_proj.weight) for block in blocks}
+    rows: list[int] = []
+    linear = F.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows.append(len(weight))
+        return linear(x, weight, bias)
+
+    with side_by_side(unet), swapped(unet):
+        monkeypatch.setattr(F, "linear", counted)
+        found = gradients(unet)
+        again = gradients(unet)
+        monkeypatch.undo()
+    together = sum(len(block.time_emb_proj.weight) for block in blocks)
+    assert rows.count(together) == 2 and together not in widths  # once a pass
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found, again)
+    assert not any("times" in vars(block) for block in blocks)
+    torch.testing.assert_close(gradients(unet), expected, rtol=0, atol=0)
+
+
+def test_a_timestep_that_has_a_gradient_is_read_block_by_block() -> None:
+    unet = make_pipe().unet.requires_grad_(False)
+    site.attach(unet, "a", Lora(rank=2), r"time_embedding\.linear_1")
+    for parameter in (one for one in unet.parameters() if one.requires_grad):
+        parameter.data.add_(0.1)
+    expected = gradients(unet)
+    with side_by_side(unet), swapped(unet), recomputed([unet], chance=False):
+        found = gradients(unet)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert expected.abs().max() > 0
 
 
 def test_nothing_changes_on_a_cpu() -> None:

@@ -5,6 +5,8 @@ Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +75,30 @@ def test_group_norm_is_that_of_torch(shape: tuple[int, ...], shifted: bool, silu
     found = frozen_ops.group_norm(x, norm, shift, silu)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     check_same(found, (expected, x), [x] if shift is None else [x, shift])
+
+
+@KERNELS
+@pytest.mark.parametrize("programs", [1, 5, 8])
+def test_a_large_map_is_summed_up_in_long_stretches(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 tiles, in which the last stretch may be shorter than the others, or its last tiles beyond the map."""
+    kernels = frozen_ops.kernels_on(DEVICE)
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    torch.manual_seed(0)
+    norm, x = frozen(nn.GroupNorm(2, 24)), drawn(1, 24, 45, 45)
+    with torch.no_grad():
+        x.add_(torch.linspace(-9, 9, 45, device=DEVICE)[:, None])  # so that stretches have other means
+    check_same(frozen_ops.group_norm(x, norm), (norm(x), x), [x])
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_shifts_may_lie_apart_or_be_one(images: int, way: None) -> None:
+    torch.manual_seed(0)
+    norm, wide = frozen(nn.GroupNorm(4, 16)), torch.randn(images, 50, device=DEVICE)
+    for size in (4, 40):
+        x = drawn(images, 16, size, size)
+        for shift in (wide[:, 20:36], wide[:1, 3:19].expand(images, -1)):
+            expected = F.silu(norm(x + shift[:, :, None, None]))
+            check_same(frozen_ops.group_norm(x, norm, shift, silu=True), (expected, x), [x])
 
 
 @pytest.mark.parametrize("added", [True, False])
@@ -202,6 +228,47 @@ def test_kernels_that_give_something_else_are_left_alone(
     there = _Kernels(wrong)
     monkeypatch.setitem(sys.modules, "peft_diffusion.fast.kernels", there)
     monkeypatch.setattr(fast, "kernels", there, raising=False)
-    found = frozen_ops.kernels_on.__wrapped__(torch.device("cpu"))
+    found = frozen_ops._seen(torch.device("cpu"))
     assert found is (there if wrong is None else None)
     assert [one.getMessage().rpartition(": ")[2].split()[0] for one in caplog.records] == ([] if wrong is None else [wrong])
+
+
+def test_kernels_are_looked_for_once_also_while_another_thread_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, goes_on = [], threading.Event()
+
+    def seen(device: torch.device) -> str:
+        looked.append(device)
+        assert goes_on.wait(10)
+        return "kernels"
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(frozen_ops, "_found", {})
+    monkeypatch.setattr(frozen_ops, "_seen", seen)
+    thread = frozen_ops.look_ahead(torch.device("cpu"))
+    while not looked:
+        time.sleep(0.001)
+    threading.Timer(0.05, goes_on.set).start()
+    assert frozen_ops.kernels_on(torch.device("cpu")) == "kernels"
+    thread.join(10)
+    assert len(looked) == 1
+
+
+def test_a_few_calls_are_computed_by_torch_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: torch.device) -> None:
+        raise AssertionError("a kernel would be compiled")
+
+    monkeypatch.setattr(frozen_ops, "kernels_on", refused)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    norm, x = frozen(nn.GroupNorm(4, 8)), drawn(1, 8, 3, 3)
+    with frozen_ops.in_torch():
+        torch.testing.assert_close(frozen_ops.group_norm(x, norm)[0], norm(x))
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+    with pytest.raises(AssertionError, match="compiled"):
+        frozen_ops.group_norm(x, norm)
+
+
+def test_what_is_too_large_for_kernels_to_count_in_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: "kernels")
+    assert frozen_ops._kernels(torch.empty(7, 256, 1024, 1024, device="meta")) == "kernels"
+    assert frozen_ops._kernels(torch.empty(8, 256, 1024, 1024, device="meta")) is None

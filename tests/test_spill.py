@@ -1,13 +1,16 @@
 """Tensors that wait in a file: their numbers, and the memory that they take."""
 
+import errno
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from peft_diffusion.core import spill
+from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.spill import Spill
 
 MIB = 2**20
@@ -31,6 +34,18 @@ def test_numbers_come_back_as_they_were(dtype: torch.dtype, tmp_path: Path) -> N
     assert put_aside.put(small) is small
     put_aside.release(small)  # in memory, where it stays
     assert small.sum() == 3
+    assert put_aside.put(given[:2, :3]).untyped_storage().nbytes() == 6 * dtype.itemsize  # and not that of all numbers
+
+
+def test_a_folder_that_takes_no_file_is_told_by_the_name_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**given: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "tmpxk3j2h1f"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"^\S+/out\.safetensors cannot be written: Permission denied;"):
+        Spill(tmp_path / "out.safetensors").put(torch.zeros(100_000))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds so")

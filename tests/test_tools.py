@@ -1,11 +1,14 @@
 """Tools for adapter files, against formulas on the files' own tensors, and against peft."""
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
@@ -466,6 +469,28 @@ def test_a_disk_that_fills_up_while_results_wait_is_told_and_left_as_it_was(
             pd.merge(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+_STOPPED = """
+import os, signal, sys
+from peft_diffusion.cli.app import run_process
+from peft_diffusion.formats import container
+
+def stopped(tensor):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+container.bytes_of = stopped  # which is asked for the first tensor of the file
+sys.exit(run_process(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not forked.POSSIBLE, reason="processes of POSIX")
+def test_a_signal_leaves_nothing_half_written(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    told = ["merge", *map(str, files), "--base", str(tiny_base), "--output", str(tmp_path / "both.safetensors")]
+    done = forked.Started(["-c", _STOPPED, *told], None, dict(os.environ)).wait(60)
+    assert done.returncode == -signal.SIGTERM, done.stderr  # as whoever sent it expects
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,8 @@ from peft_diffusion.core.adapter import LowRank
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from peft_diffusion.tools.combination import Combination, core_space, knots, linear
+from peft_diffusion.tools.grams import Gram, Seen
+from peft_diffusion.tools.merging import _Matching
 from peft_diffusion.tools.output_matching import columns_matched, damped, matched, missed
 from peft_diffusion.tools.side_by_side import side_by_side
 
@@ -265,3 +267,13 @@ def test_what_is_worked_on_side_by_side_comes_in_order_and_leaves_the_threads_of
     with pytest.raises(UserError, match="the fifth"):
         side_by_side(range(9), fails, lambda one: None, threads=3)
     assert torch.get_num_threads() == before
+
+
+def test_outputs_are_matched_on_the_inputs_of_each_file_and_where_one_has_none_on_equal_ones() -> None:
+    layer, other = ("unet", "layer"), ("unet", "other")
+    seen = [Seen(Gram(number * torch.eye(2), rows=2), [torch.full((1, 2), float(number))]) for number in (1, 3)]
+    matching = _Matching(["one", "two"], [{layer: seen[0]}, {layer: seen[1], other: seen[1]}], 1.0)
+    grams, checked = matching.inputs(layer, 2)
+    assert [one[0, 0].item() for one in grams] == [0.5, 1.5] and [one[0, 0].item() for one in checked] == [1.0, 3.0]
+    for found in matching.inputs(other, 2):
+        assert len(found) == 2 and all(torch.equal(one, torch.eye(2, dtype=one.dtype)) for one in found)

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from .. import __version__
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import interrupts_apart
+from ..core.events import interrupts_apart, terminations_cleaned_up
 from . import lean
 from .config_file import RunFile, whole_numbers
 from .flags import explained
@@ -49,6 +49,12 @@ TEXT_COMMANDS = {
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
 COMPOSE_COMMANDS = {"train": "Learn how much of each adapter acts in each block and step, from a few pictures for each."}
+LIBRARY_COMMANDS = {
+    "add": "Add adapter files and folders to a library, or bring it up to date.",
+    "search": "Find the adapters of a library that a prompt or a description asks for.",
+    "list": "List the adapters of a library, and which of their files moved, changed or are gone.",
+    "remove": "Take adapters out of a library; their files stay.",
+}
 RUNS_COMMANDS = {"export": "Write the adapter in a checkpoint of a run as an adapter file."}
 _APPS = {"runs": "command"}  # commands that have others below them: the name of the App in their module
 METADATA_COMMANDS = {  # functions of these names with "_entries" behind, as `set` is taken
@@ -96,6 +102,10 @@ _compose = App(name="compose", help="Learn how to weigh adapters that are there 
 for _place, (_name, _help) in enumerate(COMPOSE_COMMANDS.items()):
     _compose.command(f"peft_diffusion.cli.compose:{_name}", name=_name, help=_help, sort_key=_place)
 app.command(_compose)
+_library = App(name="library", help="Find adapters by what they teach.", sort_key=len(COMMANDS) + 3)
+for _place, (_name, _help) in enumerate(LIBRARY_COMMANDS.items()):
+    _library.command(f"peft_diffusion.cli.library:{_name}_adapters", name=_name, help=_help, sort_key=_place)
+app.command(_library)
 
 
 @app.meta.default
@@ -145,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_process(arguments: Sequence[str] | None = None) -> int:
     """Run the command line as all that a process does: as `main`, and no signal meets the interpreter's own end.
 
+    SIGTERM and SIGHUP remove what is half written before they end the process.
+
     Args:
         arguments: As of `main`.
 
@@ -152,9 +164,11 @@ def run_process(arguments: Sequence[str] | None = None) -> int:
         The exit code, as of `main`.
     """
     lean.claim()
-    with interrupts_apart():
+    with interrupts_apart(), terminations_cleaned_up():
         code = main(arguments)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
     return code
 
 

@@ -4,18 +4,14 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..formats.composition import Composition
+from ..core.learned_kinds import LEARNED_KINDS
+from ..formats.composition import CompositionSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_KINDS = {
-    "strengths": "strengths: a number for each adapter, block and quarter of the steps",
-    "gates": "gates: a router from the prompt and the step to each adapter's share",
-}
 
-
-def show_compositions(found: Sequence[Composition]) -> None:
+def show_compositions(found: Sequence[CompositionSpec]) -> None:
     """Show compositions as tables, and of strengths each number.
 
     Args:
@@ -35,12 +31,12 @@ def show_compositions(found: Sequence[Composition]) -> None:
             console.print(_numbers(one))
 
 
-def _rows(one: Composition) -> list[tuple[str, str]]:
+def _rows(one: CompositionSpec) -> list[tuple[str, str]]:
     """Labels and values of what a file tells; what it does not tell is left out."""
     training = one.training
     means = training.get("mean_strengths")
     told_means = means if isinstance(means, list) else []
-    rows = [("composes", _KINDS[one.kind])]
+    rows = [("composes", f"{one.kind}: {LEARNED_KINDS[one.kind].words}")]
     for member, mean in itertools.zip_longest(one.adapters, told_means[: len(one.adapters)]):
         words = f", triggers {', '.join(member.triggers)}" if member.triggers else ""
         strength = f", mean strength {mean:.2f}" if isinstance(mean, float) else ""
@@ -55,7 +51,7 @@ def _rows(one: Composition) -> list[tuple[str, str]]:
     return [*rows, ("training", ", ".join(told))] if told else rows
 
 
-def _numbers(one: Composition) -> "Table":
+def _numbers(one: CompositionSpec) -> "Table":
     """Each number of a table of strengths."""
     from rich.table import Table
     from rich.text import Text

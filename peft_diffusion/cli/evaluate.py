@@ -6,6 +6,7 @@ from rich.text import Text
 
 from ..core.events import Event
 from ..evaluation.events import Evaluated
+from ..evaluation.judges import JUDGES
 from ..evaluation.measured import Evaluation
 from ..evaluation.settings import EvaluateConfig
 from .flags import reads
@@ -23,7 +24,7 @@ def evaluate(config: EvaluateConfig) -> None:
     the judge can be trusted. Writes one page with curves and pictures.
     """
     config.check()  # before torch is imported, which takes seconds
-    import_lean(config.base, config.quantize, config.judge != "icons")
+    import_lean(config.base, config.quantize, bool(JUDGES[config.judge].model))
     from ..evaluation.evaluate import evaluate as run
 
     with GenerationConsole("evaluating") as console:

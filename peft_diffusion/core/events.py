@@ -356,3 +356,32 @@ def interrupts_apart() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def terminations_cleaned_up() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt inside, so that half-written files are removed.
+
+    Afterwards the process ends by the signal, as whoever sent it expects. A second signal ends it at once. Nothing is done
+    for a signal that somebody handles or ignores already, as with nohup, or in a thread that is not the main one.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    named = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+    numbers = [one for one in named if here and one is not None and signal.getsignal(one) is signal.SIG_DFL]
+    came: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])

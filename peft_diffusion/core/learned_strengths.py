@@ -18,14 +18,12 @@ class LearnedStrengths(nn.Module, ABC):
     """Strengths of several adapters, in each block of a network, for images at noise levels.
 
     Attributes:
-        kind: What files call it.
+        kind: What files call it: a name of `learned_kinds.LEARNED_KINDS`.
         reads_prompts: Whether they depend on the prompt.
-        fewest: How many adapters it needs.
     """
 
     kind: ClassVar[str]
     reads_prompts: ClassVar[bool]
-    fewest: ClassVar[int]
 
     @classmethod
     @abstractmethod
@@ -98,7 +96,6 @@ class StrengthTable(LearnedStrengths):
 
     kind = "strengths"
     reads_prompts = False
-    fewest = 1
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -145,7 +142,6 @@ class Gates(LearnedStrengths):
 
     kind = "gates"
     reads_prompts = True
-    fewest = 2
     mean: Tensor
     scale: Tensor
 

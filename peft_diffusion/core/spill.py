@@ -41,13 +41,15 @@ class Spill:
             tensor: On the CPU; all its numbers are written, not more of a storage that it is a view of.
 
         Returns:
-            The same numbers, contiguous, which must not be changed in place; a small tensor itself.
+            The same numbers, contiguous, which must not be changed in place. A small tensor stays in memory: it is given
+            back itself, or a copy of it where its storage holds more.
 
         Raises:
             UserError: The disk is full, or the folder cannot be written to.
         """
-        if tensor.numel() * tensor.itemsize < _LEAST:
-            return tensor
+        size = tensor.numel() * tensor.itemsize
+        if size < _LEAST:
+            return tensor if tensor.untyped_storage().nbytes() <= size else tensor.clone()
         data = bytes_of(tensor)
         with explained(self._beside):
             segment, start = self._placed(len(data))
@@ -86,6 +88,9 @@ class Spill:
         """The file, without a buffer: what is left in one when the disk is full would be written again when it is closed."""
         if self._file is None:
             folder = next(one for one in self._beside.absolute().parents if one.is_dir())
-            self._file = tempfile.TemporaryFile(buffering=0, dir=folder, prefix=f".{self._beside.name}.")  # noqa: SIM115
+            try:
+                self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115
+            except OSError as error:  # which names a file that nobody has heard of
+                raise OSError(error.errno, error.strerror, str(self._beside)) from None
             weakref.finalize(self, self._file.close)
         return self._file

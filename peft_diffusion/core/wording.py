@@ -1,4 +1,6 @@
-"""How numbers are written for a person. Imports no torch."""
+"""How numbers and choices are written for a person. Imports no torch."""
+
+from collections.abc import Sequence
 
 
 def number_of(number: int, noun: str) -> str:
@@ -12,3 +14,15 @@ def number_of(number: int, noun: str) -> str:
         "1 picture" or "2 pictures".
     """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def any_of(several: Sequence[str]) -> str:
+    """Write what there is to choose from.
+
+    Args:
+        several: Two or more.
+
+    Returns:
+        "one, another, or a third".
+    """
+    return f"{', '.join(several[:-1])}, or {several[-1]}"

@@ -2,6 +2,8 @@
 
 import random
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from peft_diffusion.core.errors import UserError
@@ -102,6 +104,23 @@ def split_tags(caption: str) -> list[str]:
         Those that are not empty, without spaces around them.
     """
     return [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
+
+
+def tag_frequency(captions: Iterable[str], most: int = 400) -> dict[str, dict[str, int]]:
+    """Count the tags of captions, as kohya's trainer keeps them in ``ss_tag_frequency``: what an adapter is found by.
+
+    Args:
+        captions: The captions; each line of one is an alternative.
+        most: How many tags are kept; the most frequent, and of equal ones the first.
+
+    Returns:
+        How many captions have each tag. They stand under "captions", where kohya has the name of a folder: where pictures
+        lay is nobody's business. A caption without commas is one tag.
+    """
+    counted: Counter[str] = Counter()
+    for caption in captions:
+        counted.update(list(dict.fromkeys(tag for line in caption.split("\n") for tag in split_tags(line))))
+    return {"captions": dict(counted.most_common(most))} if counted else {}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from .problems import PictureError, Problem
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
 Missing = Literal["stop", "name", "empty", "skip"]
+MISSING_CAPTION = "missing caption"
+"""The kind of problem that a picture without a caption is."""
 """What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 
 
@@ -464,7 +466,7 @@ def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Pr
     then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
     fix = f"Write {'it' if blank else 'one'} into {picture.path.with_suffix('.txt').name} beside it"
     waive = ", or take --missing-captions name, empty or skip" if missing == "stop" else ""
-    return Problem(str(picture.path), "missing caption", why + then, fix + waive, stops=missing == "stop")
+    return Problem(str(picture.path), MISSING_CAPTION, why + then, fix + waive, stops=missing == "stop")
 
 
 def _drop_duplicates(pictures: Iterable[TrainingImage]) -> tuple[tuple[TrainingImage, ...], list[Problem]]:

@@ -18,7 +18,7 @@ from ..core.strength_schedule import ByPart
 from ..data.folder import scan
 from ..formats import inspect
 from ..generation import sheet
-from ..generation.adapted import adapted
+from ..generation.adapted import adapted, contains
 from ..generation.adapters import Adapters
 from ..generation.distilled import for_few_steps
 from ..generation.memory import loaded
@@ -30,16 +30,15 @@ from .events import Evaluated
 from .gallery import Gallery, at_most, decoded, encoded, in_pieces, read_gallery
 from .intervals import Estimate, estimate, estimate_share
 from .judge import Judge
-from .judges import judge_of
+from .judges import JUDGES, judge_of
 from .judging import BASE, Copies, Shown, Taught, Verdicts
-from .measured import Alone, Evaluation, Meeting, Values
+from .measured import Alone, Evaluation, Interference, Values
 from .settings import EvaluateConfig
 from .styles import Styles
 
 _WEAK = 0.8  # share of real pictures that are told right, below which a judge is warned of
 _SHOWN = 8  # prompts on a sheet
 _PIECE = 64  # training pictures that are held at a time
-SAMPLE_STYLES = ("openmoji", "twemoji", "fluent-flat")
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,9 @@ def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters,
     if not config.leak_prompts and (not all(plain) or plain == [gallery.captions[place] for place in places]):
         tell(Noted(f"{name}: its captions share no words and no trigger, so leakage is not measured; give --leak-prompts"))
         plain = []
+    for prompt in config.leak_prompts:
+        if called := [one for one in adapters[name].spec.triggers if contains(prompt, one)]:
+            tell(Warned(f'--leak-prompts "{prompt}" calls {name} by "{called[0]}", so what it does there is no leakage'))
     return Case(choice, gallery, examples, images, places, plain, copies)
 
 
@@ -201,8 +203,8 @@ def _measured(
                 len(case.images), values, config.output / f"{case.name}.png",
             )
         )  # fmt: skip
-    meetings = () if config.alone else _meetings(cases, together, taught, styles)
-    return Evaluation(trust, tuple(alone), meetings, config.output / report.NAME), sheets
+    interference = () if config.alone else _interference(cases, together, taught, styles)
+    return Evaluation(trust, tuple(alone), interference, config.output / report.NAME), sheets
 
 
 def _tell_work(config: EvaluateConfig, cases: Sequence[Case], tell: Observer) -> None:
@@ -222,15 +224,16 @@ def _others(
     config: EvaluateConfig, judge: Judge, shown: Mapping[str, Shown], bench: Bench
 ) -> tuple[dict[str, Shown], dict[str, Shown]]:
     """Other styles that pictures may be taken for, and pictures that show nothing but subjects."""
-    usual = not config.against and config.judge == "icons"
+    usual = () if config.against else JUDGES[config.judge].against
     known = {_most(judge.names(images)) for _, images in shown.values()} if usual else set()
-    folders = [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else config.against
+    folders = [embedded(f"styles/{name}") for name in usual] if usual else config.against
     pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
-        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
+        # A style is told by pictures alone; those that have captions tell subjects too.
+        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe, missing="empty")
         gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
-        same = usual and _most(judge.names(images)) in known
+        same = bool(usual) and _most(judge.names(images)) in known
         (subjects if same else styles)[gallery.name] = gallery, images
     return styles, subjects
 
@@ -294,7 +297,7 @@ def _falls(losses: Sequence[float], base: Sequence[float]) -> list[float]:
     return [1 - after / before for after, before in zip(losses, base, strict=True)]
 
 
-def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Styles) -> tuple[Meeting, ...]:
+def _interference(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Styles) -> tuple[Interference, ...]:
     """Each adapter with each other one on, both at their strengths."""
     found = []
     for case in cases:
@@ -302,20 +305,20 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
         verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
         both = [{**case.at(1.0), **one.at(1.0)} for one in others]
         harms: list[Estimate | None] = [None] * len(others)
-        if bench.sampling.meets == "add":
+        if bench.sampling.composition == "add":
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
-            found.append(_meeting(case.name, other.name, harm, rows, verdicts))
+            found.append(_interference_of(case.name, other.name, harm, rows, verdicts))
     return tuple(found)
 
 
-def _meeting(
+def _interference_of(
     own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
-) -> Meeting:
+) -> Interference:
     found = [verdicts.met(row, other) for row in rows]
     told, of_other, likeness = (list(several) for several in zip(*found, strict=True))
     style, of_its = (estimate_share(one, len(verdicts.words)) for one in (told, of_other))
-    return Meeting(own, other, loss, style, of_its, estimate(likeness))
+    return Interference(own, other, loss, style, of_its, estimate(likeness))
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.events import Observer, Warned, progress, untold
 from ..data.buckets import ResizeCrop, arrange, place
 from ..data.captions import CaptionRules
-from ..data.folder import Missing, TrainingImage, scan
+from ..data.folder import MISSING_CAPTION, Missing, TrainingImage, scan
 from ..data.images import open_picture
 from ..data.latents import LatentCache, cache_latents
 from ..formats import Spec
@@ -116,7 +116,17 @@ def read_gallery(
         UserError: There is no picture, or something stops reading, such as a missing caption.
     """
     found = scan(folder, missing=missing)
+    without_words = [one for one in found.problems if one.stops and one.kind == MISSING_CAPTION]
+    if without_words:
+        more = f" (and {len(without_words) - 1} more like it)" if len(without_words) > 1 else ""
+        missed = without_words[0]
+        raise UserError(f"{missed.where}: {missed.message}. Write one beside it: prompts are made of captions{more}")
     found.check()
+    kinds: dict[str, list[str]] = {}
+    for problem in found.problems:
+        kinds.setdefault(problem.kind, []).append(str(problem))
+    for first, *others in kinds.values():
+        tell(Warned(first + (f" (and {len(others)} more like it)" if others else "")))
     pictures = tuple(one for one in found.pictures if one.digest not in without)
     seen = len(found.pictures) - len(pictures)
     if not pictures:

@@ -144,7 +144,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Interference:
     """An adapter while another is on too, each at its strength.
 
     Attributes:
@@ -183,13 +183,13 @@ class Evaluation:
     Attributes:
         trust: How far the judge can be trusted.
         alone: Each adapter by itself.
-        meetings: Each adapter with each other one; none where that was not asked for.
+        interference: Each adapter with each other one; none where that was not asked for.
         report: The page.
     """
 
     trust: Trust
     alone: tuple[Alone, ...]
-    meetings: tuple[Meeting, ...]
+    interference: tuple[Interference, ...]
     report: Path
 
     def plain(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Evaluation:
                 "names": {name: {"name": most, "share": share} for name, (most, share) in trust.names.items()},
             },
             "adapters": [_plain(one) for one in self.alone],
-            "interference": [one.plain() for one in self.meetings],
+            "interference": [one.plain() for one in self.interference],
         }
 
 

@@ -11,7 +11,7 @@ from ..core.settings import settings_of
 from ..training.record import charts
 from ..training.record.report import inlined, render
 from .intervals import KIND, LEVEL
-from .measured import MEASURES, Alone, Evaluation, Meeting, written
+from .measured import MEASURES, Alone, Evaluation, Interference, written
 from .settings import EvaluateConfig
 
 NAME = "report.html"
@@ -123,9 +123,9 @@ def matrices(found: Evaluation) -> list[tuple[str, str, list[tuple[str, list[str
     Returns:
         Tables: what is told, what that means, and for each adapter, in a row, its figure with each one on.
     """
-    if not found.meetings:
+    if not found.interference:
         return []
-    by_pair = {(one.own, one.other): one for one in found.meetings}
+    by_pair = {(one.own, one.other): one for one in found.interference}
     names = [one.name for one in found.alone]
     tables = [
         ("loss", "by how much the loss on the row's unseen pictures rises with the column on too; above 0 is harm"),
@@ -139,12 +139,12 @@ def matrices(found: Evaluation) -> list[tuple[str, str, list[tuple[str, list[str
     made = []
     for title, explained in tables:
         lines = [(own, [_cell(title, own, other, by_pair, found.alone) for other in names]) for own in names]
-        if title != "loss" or all(one.loss is not None for one in found.meetings):
+        if title != "loss" or all(one.loss is not None for one in found.interference):
             made.append((title, explained, lines))
     return made
 
 
-def _cell(title: str, own: str, other: str, by_pair: Mapping[tuple[str, str], Meeting], alone: Sequence[Alone]) -> str:
+def _cell(title: str, own: str, other: str, by_pair: Mapping[tuple[str, str], Interference], alone: Sequence[Alone]) -> str:
     if own == other:
         values = next(one.values for one in alone if one.name == own).get(title, {})
         return written(values[1.0], MEASURES[title]) if 1.0 in values and title in ("style", "likeness") else "–"

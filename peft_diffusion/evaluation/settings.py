@@ -30,7 +30,7 @@ from ..data.prompts import refuse_files
 from ..generation.compositions import Compose, explanation
 from ..generation.recipe import check_folder
 from ..generation.settings import SEEDS, NamesAdapters, Precision, Quantize, Sampling
-from .judges import JudgeKind
+from . import judges
 
 
 @explained
@@ -86,17 +86,8 @@ class EvaluateConfig(NamesAdapters):
         flag=Flag(default_shown=False),
     )
     alone: bool = setting(False, "Measure each adapter alone, and not also with each other one on.", PARAMETERS)
-    judge: JudgeKind = setting(
-        "icons",
-        "Who judges: small networks for drawings that come with the package (icons), CLIP, which also reads prompts (clip), "
-        "or DINOv2 (dino).",
-        PARAMETERS,
-    )
-    judge_model: str | None = setting(
-        None,
-        "The folder or hub id of CLIP or DINOv2; by default openai/clip-vit-large-patch14 and facebook/dinov2-base.",
-        PARAMETERS,
-    )
+    judge: judges.JudgeKind = setting("icons", judges.explanation(), PARAMETERS)
+    judge_model: str | None = setting(None, judges.explanation_of_models(), PARAMETERS)
     output: OnePath = setting(
         Path("evaluation"),
         "The folder for report.html, figures.json and a sheet for each adapter.",
@@ -105,7 +96,7 @@ class EvaluateConfig(NamesAdapters):
     )
     compose: Compose = setting("add", explanation(), PARAMETERS)
     compose_file: OptionalPath = setting(
-        None, "What compose train wrote of these adapters: how much of each is in their meetings.", PARAMETERS
+        None, "What compose train wrote of these adapters: how much of each there is where all are on.", PARAMETERS
     )
     steps: int | None = setting(
         None, "Denoising steps; by default 25, or what an adapter for few steps needs.", PARAMETERS, COUNT
@@ -127,12 +118,13 @@ class EvaluateConfig(NamesAdapters):
 
     def __post_init__(self) -> None:
         settle(self)
-        way = self.sampling().meets
+        way = self.sampling().composition
         self.all_strengths()
         if not self.adapter:
             raise UserError("there is no adapter to evaluate; name its file")
-        if self.judge == "icons" and self.judge_model is not None:
-            raise UserError("--judge-model is for --judge clip and dino; the judge of icons comes with the package")
+        if self.judge_model is not None and not judges.JUDGES[self.judge].model:
+            taking = " and ".join(one.name for one in judges.JUDGES.values() if one.model)
+            raise UserError(f"--judge-model is for --judge {taking}; the judge of {self.judge} comes with the package")
         if way != "add" and (self.alone or len(self.adapter) < 2):
             raise UserError(f"--compose {way} is for adapters that meet; give two or more, without --alone")
 
@@ -201,7 +193,7 @@ class EvaluateConfig(NamesAdapters):
             By the names of their files; those of ``trained`` may be fewer.
 
         Raises:
-            UserError: There are more than adapters, a name is none of an adapter's, or two adapters have one name.
+            UserError: There are more than adapters, an adapter has two, or two adapters have one name.
         """
         texts: Sequence[str] = self.data if of == "data" else self.trained
         names = [choice.name for choice in self.choices()]
@@ -212,10 +204,13 @@ class EvaluateConfig(NamesAdapters):
         found: dict[str, Path] = {}
         for place, text in enumerate(texts):
             name, equals, folder = text.partition("=")
-            if equals and name in names and not at_home(Path(text)).is_dir():
-                found[name] = at_home(Path(folder))
-            elif place < len(names):
-                found[names[place]] = at_home(Path(text))
-            else:
-                raise UserError(f"--{of} {text}: there are {len(names)} adapters, and this is folder {place + 1}")
+            if not (equals and name in names and not at_home(Path(text)).is_dir()):
+                if place >= len(names):
+                    raise UserError(f"--{of} {text}: there are {len(names)} adapters, and this is folder {place + 1}")
+                name, folder = names[place], text
+            if name in found:
+                raise UserError(
+                    f"--{of} {text} is a second folder for {name}; give one for each adapter, all of them as NAME="
+                )
+            found[name] = at_home(Path(folder))
         return found

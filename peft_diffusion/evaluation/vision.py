@@ -16,7 +16,6 @@ from ..core.errors import UserError, first_line
 from ..core.files import at_home, if_address
 from .judge import Judge
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 _AT_ONCE = 16  # pictures
 
 
@@ -92,11 +91,11 @@ class _Reads(_Seen):
         return states[len(states) // 2], self.model.visual_projection(found.pooler_output)
 
 
-def clip_judge(model: str | None = None, device: str = "cpu") -> Judge:
+def clip_judge(model: str, device: str = "cpu") -> Judge:
     """Load CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as a judge.
 
     Args:
-        model: A folder or hub id; None for the large one of OpenAI.
+        model: A folder or hub id.
         device: Where it computes.
 
     Returns:
@@ -105,16 +104,16 @@ def clip_judge(model: str | None = None, device: str = "cpu") -> Judge:
     Raises:
         UserError: There is no such model, or it is no CLIP.
     """
-    source, local = _place(model or CLIP)
+    source, local = _place(model)
     found, processor = _loaded(source, local, CLIPModel, device, "clip")
-    return _Reads(f"CLIP ({model or CLIP})", found, processor, AutoTokenizer.from_pretrained(source, local_files_only=local))
+    return _Reads(f"CLIP ({model})", found, processor, AutoTokenizer.from_pretrained(source, local_files_only=local))
 
 
-def dino_judge(model: str | None = None, device: str = "cpu") -> Judge:
+def dino_judge(model: str, device: str = "cpu") -> Judge:
     """Load DINOv2 (Oquab et al. 2023, https://arxiv.org/abs/2304.07193) as a judge.
 
     Args:
-        model: A folder or hub id; None for the base model of Meta.
+        model: A folder or hub id.
         device: Where it computes.
 
     Returns:
@@ -123,7 +122,7 @@ def dino_judge(model: str | None = None, device: str = "cpu") -> Judge:
     Raises:
         UserError: There is no such model, or it is no DINOv2.
     """
-    source, local = _place(model or DINO)
+    source, local = _place(model)
     found, processor = _loaded(source, local, Dinov2Model, device, "dino")
 
     def seen(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +130,7 @@ def dino_judge(model: str | None = None, device: str = "cpu") -> Judge:
         states = given.hidden_states
         return states[len(states) // 2], given.pooler_output
 
-    return _Seen(f"DINOv2 ({model or DINO})", found, processor, seen)
+    return _Seen(f"DINOv2 ({model})", found, processor, seen)
 
 
 def _loaded(source: str, local: bool, kind: type, device: str, judge: str) -> tuple[Any, Any]:

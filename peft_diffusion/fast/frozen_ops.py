@@ -4,11 +4,12 @@ Their base needs no gradients, which is taken for granted: weights and biases ge
 computed: kernels that read memory once, where Triton is and the tensors are on a GPU, and torch.
 """
 
-import functools
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ Pair = tuple[Tensor, Tensor]
 _CHANNELS_LAST = torch.channels_last
 
 
-@functools.cache
+_found: dict[torch.device, Any] = {}  # the kernels of each device, where they were looked for
+_looking = threading.RLock()
+_COUNTED = 2**31 - 1  # numbers of a tensor that kernels reach: they count in 32 bits
+_in_torch: ContextVar[bool] = ContextVar("in_torch", default=False)
+
+
 def kernels_on(device: torch.device) -> Any:
     """Find the kernels of Triton that run on a device.
 
@@ -35,6 +41,47 @@ def kernels_on(device: torch.device) -> Any:
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with _looking:
+        if device not in _found:
+            _found[device] = _seen(device)
+        return _found[device]
+
+
+def look_ahead(device: torch.device) -> threading.Thread:
+    """Look for the kernels of a device in another thread, so that they are there when a base is loaded.
+
+    Args:
+        device: Where they shall run.
+
+    Returns:
+        The thread, for which nobody has to wait: `kernels_on` does.
+    """
+    thread = threading.Thread(target=kernels_on, args=(device,), name="kernels", daemon=True)
+    thread.start()
+    return thread
+
+
+@contextmanager
+def in_torch() -> Iterator[None]:
+    """Compute inside with torch alone, and without a search for the fastest convolutions.
+
+    For a few calls before training, which take less time than compiling the kernels one by one and searching.
+
+    Yields:
+        Once; afterwards all is computed as before.
+    """
+    token, searches = _in_torch.set(True), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searches
+        _in_torch.reset(token)
+
+
+def _seen(device: torch.device) -> Any:
     try:
         from . import kernels
 
@@ -57,8 +104,11 @@ def _see(kernels: Any, device: torch.device) -> None:
 
 def _answers(kernels: Any, device: torch.device) -> dict[str, Pair]:
     """What kernels and torch give for the same, by the kernel's name."""
-    x, one = torch.randn(1, 64, 2, 4, device=device).to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
-    wide, more = torch.randn(1, 5, 80, device=device), torch.randn(1, 5, 64, device=device)
+    chance = torch.Generator(device).manual_seed(0)  # of its own, as a run draws from the device's meanwhile
+    x, wide, more = (
+        torch.randn(*shape, generator=chance, device=device) for shape in ((1, 64, 2, 4), (1, 5, 80), (1, 5, 64))
+    )
+    x, one = x.to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
     y, mean, rstd = kernels.group_norm(x, None, one, one, 8, 1e-5, True)
     total = wide[..., :64] + more
     kernels.gated_back(kernels.gated(one), one)
@@ -75,8 +125,8 @@ def _answers(kernels: Any, device: torch.device) -> dict[str, Pair]:
 
 def _kernels(x: Tensor) -> Any:
     """The kernels for a tensor; for one that has a shape and no memory, as when memory is predicted, what gives as much, or
-    compiles them."""
-    there = kernels_on(x.device)
+    compiles them. None for one in which they could not count, as eight pictures of 1024 pixels are in a VAE."""
+    there = None if _in_torch.get() or x.numel() > _COUNTED else kernels_on(x.device)
     return _Shapes if there is not None and isinstance(x, FakeTensor) and not there.compiling_ahead() else there
 
 
@@ -225,7 +275,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kernels = _kernels(x)
         if kernels is not None:
-            shift = None if shift is None else shift.contiguous()
+            shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
             y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
         else:
             y, mean, rstd = _group_norm_in_torch(x, shift, weight, bias, groups, eps, silu)

@@ -25,9 +25,9 @@ R = TypeVar("R")
 
 _TILE = 4096  # numbers that a program holds at once
 _WHOLE = 16384  # numbers of a group that one program holds whole, so that it reads them once
-_GROUP = 128  # channels of a group that one program adds up at least, so that one kernel serves all usual widths
+_PROGRAMS = 1024  # that fill a card: where there are more tiles than these, a program sums up several
 # Numbers of the run: a kernel serves all of them. That of channels is not among these, as memory is read by its multiples.
-_SIZES = ["PLACES", "GROUPS", "WIDTH", "LENGTH", "STRETCHES"]
+_SIZES = ["PLACES", "GROUPS", "WIDTH", "LENGTH", "STRETCHES", "SHIFT_STEP", "TILES"]
 
 
 @triton.jit
@@ -43,15 +43,16 @@ def _gelu_parts(gate):
 
 
 @triton.jit
-def _shifted(x, shift, image, channel, here, CHANNELS, SHIFTED: tl.constexpr):
+def _shifted(x, shift, image, channel, here, SHIFT_STEP, SHIFTED: tl.constexpr):
+    """``x`` and its image's shift, a number for each channel; the shifts of two images lie SHIFT_STEP apart."""
     if SHIFTED:
-        x += tl.load(shift + image * CHANNELS + channel, mask=here, other=0).to(tl.float32)[None, :]
+        x += tl.load(shift + image * SHIFT_STEP + channel, mask=here, other=0).to(tl.float32)[None, :]
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SHIFT_STEP"])
 def _group_norm_whole(
-    x, shift, weight, bias, y, mean, rstd, PLACES, CHANNELS, eps,
+    x, shift, weight, bias, y, mean, rstd, SHIFT_STEP, PLACES, CHANNELS, eps,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def _group_norm_whole(
     channel, here = group * WIDTH + within, within < WIDTH
     inside = (place < PLACES)[:, None] & here[None, :]
     at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, SHIFT_STEP, SHIFTED)
     count = PLACES * WIDTH
     middle = tl.sum(tl.sum(tl.where(inside, seen, 0.0), 1), 0) / count
     away = tl.where(inside, seen - middle, 0.0)
@@ -75,9 +76,9 @@ def _group_norm_whole(
     tl.store(rstd + tl.program_id(0), scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SHIFT_STEP"])
 def _group_norm_whole_back(
-    dy, x, shift, weight, bias, mean, rstd, through, dx, PLACES, CHANNELS,
+    dy, x, shift, weight, bias, mean, rstd, through, dx, SHIFT_STEP, PLACES, CHANNELS,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +87,7 @@ def _group_norm_whole_back(
     channel, here = group * WIDTH + within, within < WIDTH
     inside = (place < PLACES)[:, None] & here[None, :]
     at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, SHIFT_STEP, SHIFTED)
     middle, scale = tl.load(mean + tl.program_id(0)), tl.load(rstd + tl.program_id(0))
     factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
     offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
@@ -107,20 +108,34 @@ def _group_norm_whole_back(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _channel_moments(x, shift, parts, PLACES, CHANNELS, SHIFTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and squared distances of each channel over a stretch of places: parts (image, stretch, 2, channel)."""
+def _channel_moments(
+    x, shift, parts, SHIFT_STEP, PLACES, CHANNELS, TILES,
+    SHIFTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared distances of each channel over a stretch of TILES tiles: parts (image, stretch, 2, channel)."""
     stretch, image = tl.program_id(0), tl.program_id(1)
-    place, channel = stretch * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     here = channel < CHANNELS
-    inside = (place < PLACES)[:, None] & here[None, :]
-    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
-    count = tl.minimum(PLACES - stretch * BLOCK_P, BLOCK_P)
-    middle = tl.sum(tl.where(inside, seen, 0.0), 0) / count
-    away = tl.where(inside, seen - middle[None, :], 0.0)
+    middle, spread = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    done, tile = 0, 0
+    while tile < TILES:
+        first = (stretch * TILES + tile) * BLOCK_P
+        place = first + tl.arange(0, BLOCK_P)
+        inside = (place < PLACES)[:, None] & here[None, :]
+        at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+        seen = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        seen = _shifted(seen, shift, image, channel, here, SHIFT_STEP, SHIFTED)
+        count = tl.maximum(tl.minimum(PLACES - first, BLOCK_P), 0)
+        own = tl.sum(tl.where(inside, seen, 0.0), 0) / tl.maximum(count, 1)
+        away = tl.where(inside, seen - own[None, :], 0.0)
+        share = count / tl.maximum(done + count, 1)  # of what was seen up to here, in this tile (Chan et al. 1979)
+        spread += tl.sum(away * away, 0) + (own - middle) * (own - middle) * (done * share)
+        middle += (own - middle) * share
+        done += count
+        tile += 1
     to = parts + (image * tl.num_programs(0) + stretch) * 2 * CHANNELS + channel
     tl.store(to, middle, mask=here)
-    tl.store(to + CHANNELS, tl.sum(away * away, 0), mask=here)
+    tl.store(to + CHANNELS, spread, mask=here)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -160,7 +175,7 @@ def _group_moments(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _group_norm_apply(
-    x, shift, weight, bias, y, mean, rstd, PLACES, CHANNELS,
+    x, shift, weight, bias, y, mean, rstd, SHIFT_STEP, PLACES, CHANNELS,
     GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +184,7 @@ def _group_norm_apply(
     here = channel < CHANNELS
     inside = (place < PLACES)[:, None] & here[None, :]
     at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, SHIFT_STEP, SHIFTED)
     own = image * GROUPS + channel // WIDTH
     middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
     factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
@@ -182,7 +197,7 @@ def _group_norm_apply(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _group_norm_back_sums(
-    dy, x, shift, weight, bias, mean, rstd, parts, PLACES, CHANNELS,
+    dy, x, shift, weight, bias, mean, rstd, parts, SHIFT_STEP, PLACES, CHANNELS,
     GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +207,7 @@ def _group_norm_back_sums(
     here = channel < CHANNELS
     inside = (place < PLACES)[:, None] & here[None, :]
     at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, SHIFT_STEP, SHIFTED)
     own = image * GROUPS + channel // WIDTH
     middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
     factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
@@ -232,7 +247,7 @@ def _group_sums(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _group_norm_back_apply(
-    dy, x, shift, weight, bias, mean, rstd, first, second, through, dx, PLACES, CHANNELS,
+    dy, x, shift, weight, bias, mean, rstd, first, second, through, dx, SHIFT_STEP, PLACES, CHANNELS,
     GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +256,7 @@ def _group_norm_back_apply(
     here = channel < CHANNELS
     inside = (place < PLACES)[:, None] & here[None, :]
     at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
-    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, SHIFT_STEP, SHIFTED)
     own = image * GROUPS + channel // WIDTH
     middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
     one, two = tl.load(first + own, mask=here, other=0), tl.load(second + own, mask=here, other=0)
@@ -444,6 +459,12 @@ class _Tiles:
         self.length = min(_TILE // self.block_channels, self.all_places)
         self.stretches = triton.cdiv(self.places, self.length)
         self.grid = (self.stretches, self.images, triton.cdiv(self.channels, self.block_channels))
+        # One program a group reads what all stretches came to, one block after the other: of a large map they must be few.
+        self.tiles = triton.cdiv(self.stretches * self.grid[1] * self.grid[2], _PROGRAMS)
+        self.long_stretches = triton.cdiv(self.stretches, self.tiles)
+        # Two kernels serve all usual widths: narrow groups are those of large maps, which have many stretches.
+        within = 32 if self.width <= 32 else max(128, self.block_width)
+        self.group_block = {"BLOCK_S": max(1, _TILE // within), "BLOCK_C": within}
         self.warps = 8 if self.all_places * self.block_width > 4096 else 4
 
 
@@ -455,7 +476,7 @@ def group_norm(
 
     Args:
         x: (images, channels, height, width), channels-last.
-        shift: (images, channels).
+        shift: (images, channels), the channels of an image in a row; images may lie apart, or all be one.
         weight: (channels,).
         bias: (channels,).
         groups: How many groups of channels there are.
@@ -467,25 +488,29 @@ def group_norm(
     """
     t, y = _Tiles(x, groups), torch.empty_like(x)
     mean, rstd = x.new_empty(2, t.images, groups, dtype=torch.float32).unbind()
-    moved, flags = x if shift is None else shift, {"SHIFTED": shift is not None, "SILU": silu}
+    moved, step = (x, 0) if shift is None else (shift, shift.stride(0))
+    flags = {"SHIFTED": shift is not None, "SILU": silu}
     if t.whole:
         _launch(
             _group_norm_whole, (t.images * groups,),
-            x, moved, weight, bias, y, mean, rstd, t.places, t.channels, eps, GROUPS=groups, WIDTH=t.width, **flags,
+            x, moved, weight, bias, y, mean, rstd, step, t.places, t.channels, eps, GROUPS=groups, WIDTH=t.width, **flags,
             BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=t.warps,
         )  # fmt: skip
         return y, mean, rstd
-    parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
+    parts = x.new_empty(t.images, t.long_stretches, 2, t.channels, dtype=torch.float32)
     tile = {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
-    _launch(_channel_moments, t.grid, x, moved, parts, t.places, t.channels, SHIFTED=shift is not None, **tile)
+    _launch(
+        _channel_moments, (t.long_stretches, *t.grid[1:]),
+        x, moved, parts, step, t.places, t.channels, t.tiles, SHIFTED=shift is not None, **tile,
+    )  # fmt: skip
     _launch(
         _group_moments, (t.images * groups,),
-        parts, mean, rstd, t.places, t.channels, t.stretches, eps, GROUPS=groups, WIDTH=t.width, LENGTH=t.length, BLOCK_S=32,
-        BLOCK_C=max(_GROUP, t.block_width),
+        parts, mean, rstd, t.places, t.channels, t.long_stretches, eps, GROUPS=groups, WIDTH=t.width,
+        LENGTH=t.tiles * t.length, **t.group_block,
     )  # fmt: skip
     _launch(
         _group_norm_apply, t.grid,
-        x, moved, weight, bias, y, mean, rstd, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags, **tile,
+        x, moved, weight, bias, y, mean, rstd, step, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags, **tile,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -513,13 +538,15 @@ def group_norm_back(
     """
     groups = mean.shape[1]
     t, dx = _Tiles(x, groups), torch.empty_like(x)
-    moved, passed = x if shift is None else shift, x if through is None else through
+    moved, step = (x, 0) if shift is None else (shift, shift.stride(0))
+    passed = x if through is None else through
     flags = {"SHIFTED": shift is not None, "SILU": silu}
     if t.whole:
         _launch(
             _group_norm_whole_back, (t.images * groups,),
-            dy, x, moved, weight, bias, mean, rstd, passed, dx, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags,
-            THROUGH=through is not None, BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=2 * t.warps,
+            dy, x, moved, weight, bias, mean, rstd, passed, dx, step, t.places, t.channels,
+            GROUPS=groups, WIDTH=t.width, **flags, THROUGH=through is not None, BLOCK_P=t.all_places,
+            BLOCK_C=t.block_width, num_warps=2 * t.warps,
         )  # fmt: skip
         return dx
     parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
@@ -527,15 +554,15 @@ def group_norm_back(
     sizes, tile = {"GROUPS": groups, "WIDTH": t.width}, {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
     _launch(
         _group_norm_back_sums, t.grid,
-        dy, x, moved, weight, bias, mean, rstd, parts, t.places, t.channels, **sizes, **flags, **tile,
+        dy, x, moved, weight, bias, mean, rstd, parts, step, t.places, t.channels, **sizes, **flags, **tile,
     )  # fmt: skip
     _launch(
         _group_sums, (t.images * groups,),
-        parts, first, second, t.places, t.channels, t.stretches, **sizes, BLOCK_S=32, BLOCK_C=max(_GROUP, t.block_width),
+        parts, first, second, t.places, t.channels, t.stretches, **sizes, **t.group_block,
     )  # fmt: skip
     _launch(
         _group_norm_back_apply, t.grid,
-        dy, x, moved, weight, bias, mean, rstd, first, second, passed, dx, t.places, t.channels, **sizes, **flags,
+        dy, x, moved, weight, bias, mean, rstd, first, second, passed, dx, step, t.places, t.channels, **sizes, **flags,
         THROUGH=through is not None, **tile,
     )  # fmt: skip
     return dx

@@ -178,12 +178,39 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
         (count, ...); None where they do not lie so.
     """
     first = tensors[0]
-    storage, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
-    for place, one in enumerate(tensors):
-        alike = one.shape == first.shape and one.dtype == first.dtype and one.is_contiguous()
-        if not alike or one.untyped_storage().data_ptr() != storage or one.storage_offset() != start + place * size:
-            return None
-    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()), start)
+    if any(one.shape != first.shape for one in tensors) or not _follow(tensors):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """View tensors that lie one after the other in memory as one along their first axis.
+
+    Args:
+        tensors: At least one, not empty; they may differ along the first axis.
+
+    Returns:
+        (sum, ...); None where they do not lie so.
+    """
+    first = tensors[0]
+    if any(one.shape[1:] != first.shape[1:] for one in tensors) or not _follow(tensors):
+        return None
+    shape, steps = (sum(len(one) for one in tensors), *first.shape[1:]), (first.numel() // len(first), *first.stride()[1:])
+    return first.as_strided(shape, steps, first.storage_offset())
+
+
+def _follow(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors of one dtype lie one after the other."""
+    # Without any operation of torch's: where a step is tried out without memory, that would give tensors that have none.
+    first = tensors[0]
+    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    for one in tensors:
+        if one.dtype != first.dtype or not one.is_contiguous():
+            return False
+        if one.untyped_storage().data_ptr() != storage or one.storage_offset() != place:
+            return False
+        place += one.numel()
+    return True
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..core.errors import UserError
 from ..core.regions import Layout
 from ..core.site import base_class, is_plain_linear, rebase
 from . import frozen_ops
-from .low_rank import fused_projections, fusing
+from .low_rank import fused_projections, fusing, joined
 from .operands import present
 
 CUDNN_FIRST = (
@@ -89,7 +89,9 @@ def channels_last(component: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def side_by_side(component: nn.Module) -> Iterator[None]:
-    """Lay the weights of queries, keys and values that read the same input one after the other in memory inside.
+    """Lay weights that read the same input one after the other in memory inside.
+
+    These are the weights of queries, keys and values, and those by which the blocks of a network read the timestep.
 
     Args:
         component: The module.
@@ -104,14 +106,30 @@ def side_by_side(component: nn.Module) -> Iterator[None]:
             weights = [layer.weight for layer in layers if is_plain_linear(layer) and _frozen(layer)]
             alike = [weight for weight in weights if weight.shape == weights[-1].shape]
             if len(weights) == len(layers) and len(alike) > 1:
-                together = torch.cat([weight.data for weight in alike])
-                for weight, own in zip(alike, together.chunk(len(alike)), strict=True):
-                    weight.data = own
-                moved += alike
+                moved += _laid(alike)
+        weights = [block.time_emb_proj.weight for block in _told_the_time(component)]
+        if len(weights) > 1:
+            moved += _laid(weights)
         yield
     finally:
         for weight in moved:
             weight.data = weight.data.clone()
+
+
+def _laid(weights: list[Tensor]) -> list[Tensor]:
+    """The weights, which now lie one after the other."""
+    together = torch.cat([weight.data for weight in weights])
+    for weight, own in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
+        weight.data = own
+    return weights
+
+
+def _told_the_time(component: nn.Module) -> list[Any]:
+    """The residual blocks that read the timestep, from an embedding of one width, by a frozen layer each."""
+    blocks: list[Any] = [one for one in component.modules() if base_class(one) is ResnetBlock2D and _suits(one)]
+    known = [one for one in blocks if one.time_emb_proj is not None and is_plain_linear(one.time_emb_proj)]
+    known = [one for one in known if _frozen(one.time_emb_proj) and one.time_emb_proj.bias is not None]
+    return [one for one in known if one.time_emb_proj.in_features == known[0].time_emb_proj.in_features]
 
 
 @contextmanager
@@ -127,6 +145,8 @@ def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterat
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     processors: list[tuple[Any, Any]] = []
+    told = _told_the_time(component)
+    times = TimeShifts(told)
     for module in list(component.modules()):
         own = base_class(module)
         fast = _FUSED.get(own)
@@ -136,9 +156,13 @@ def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterat
         if isinstance(module, Attention) and _attends_plainly(module):
             processors.append((module, module.processor))
             module.processor = FusedAttention(backends, regional=isinstance(module.processor, RegionalAttention))
+    for block in told:
+        block.times = times
     try:
         yield
     finally:
+        for block in told:
+            del block.times
         for attention, processor in processors:
             attention.processor = processor
         for module, own in changed:
@@ -228,15 +252,9 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
             result: Tensor = super().forward(input_tensor, temb)
             return result
         hidden, passed = frozen_ops.group_norm(input_tensor, self.norm1, silu=True)
-        shift = None
-        if _is_plain_frozen(self.conv1, FrozenConv):
-            hidden, shift = frozen_ops.conv2d(hidden, self.conv1, biased=False), self.conv1.bias
-            shift = None if shift is None else shift.expand(len(hidden), -1)
-        else:
-            hidden = self.conv1(hidden)
-        if temb is not None:
-            told = temb if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
-            shift = told if shift is None else told + shift
+        plain = _is_plain_frozen(self.conv1, FrozenConv)
+        hidden = frozen_ops.conv2d(hidden, self.conv1, biased=False) if plain else self.conv1(hidden)
+        shift = self._shift(temb, len(hidden))
         hidden, _ = frozen_ops.group_norm(hidden, self.norm2, shift, silu=True)
         if self.conv_shortcut is not None:
             passed = self.conv_shortcut(passed)
@@ -244,6 +262,63 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
             return frozen_ops.sum_with_bias(passed, frozen_ops.conv2d(hidden, self.conv2, biased=False), self.conv2.bias)
         total: Tensor = passed + self.conv2(hidden)
         return total
+
+    def left_out(self) -> Tensor | None:
+        """The bias that the first convolution leaves to the norm after it, (channels,)."""
+        return self.conv1.bias if _is_plain_frozen(self.conv1, FrozenConv) else None
+
+    def _shift(self, temb: Tensor | None, images: int) -> Tensor | None:
+        """What is added before the second norm, (images, channels)."""
+        times: TimeShifts | None = vars(self).get("times")
+        if temb is not None and times is not None and (found := times.of(self, temb)) is not None:
+            return found
+        bias = self.left_out()
+        shift = None if bias is None else bias.expand(images, -1)
+        if temb is None:
+            return shift
+        told: Tensor = temb if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
+        return told if shift is None else told + shift
+
+
+class TimeShifts:
+    """What a timestep adds in each block of a network, by one product: one for each block would hardly fill a card.
+
+    Args:
+        blocks: Those that read the timestep by a frozen layer, from one embedding.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self.blocks = blocks
+        self._told: tuple[Tensor, int | None] | None = None
+        self._found: dict[nn.Module, Tensor] = {}
+
+    def of(self, block: Any, temb: Tensor) -> Tensor | None:
+        """Tell what is added in a block before its second norm.
+
+        Args:
+            block: The block.
+            temb: The embedding of the timestep, (images, width).
+
+        Returns:
+            (images, channels), with the bias that the first convolution leaves out; None where its layer carries an adapter,
+            where weights do not lie one after the other, or where the embedding has a gradient.
+        """
+        if type(block.time_emb_proj) is not nn.Linear or (temb.requires_grad and torch.is_grad_enabled()):
+            return None  # blocks that are run again for backward would find another graph than the first time
+        now = temb, None if temb.is_inference() else temb._version
+        if self._told is None or self._told[0] is not now[0] or self._told[1] != now[1]:
+            self._told, self._found = now, self._computed(temb)
+        return self._found.get(block)
+
+    def _computed(self, temb: Tensor) -> dict[nn.Module, Tensor]:
+        weight = joined([block.time_emb_proj.weight for block in self.blocks])
+        if weight is None or temb.ndim != 2 or torch.compiler.is_compiling():
+            return {}
+        biases = [block.time_emb_proj.bias for block in self.blocks]
+        left = [block.left_out() for block in self.blocks]
+        left = [torch.zeros_like(own) if one is None else one for one, own in zip(left, biases, strict=True)]
+        told = F.linear(F.silu(temb), weight, torch.cat(biases) + torch.cat(left))
+        return dict(zip(self.blocks, told.split([len(one) for one in biases], 1), strict=True))
 
 
 class FusedBlock(BasicTransformerBlock):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.files import at_home
+from ..core.learned_kinds import LEARNED_KINDS
 from ..core.parsing import json_value, refusing
 from . import container
 from .container import COMPOSITION
@@ -42,11 +43,11 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Composition:
+class CompositionSpec:
     """What a file of a composition says of itself.
 
     Attributes:
-        kind: What makes the strengths: see `core.learned_strengths.KINDS`.
+        kind: What makes the strengths: see `core.learned_kinds`.
         adapters: Those that it weighs, in the order of its strengths.
         blocks: The blocks of the network that denoises, in the order of its strengths.
         base: What is known of the base.
@@ -114,7 +115,7 @@ class Composition:
         )
 
 
-def told(path: Path) -> Composition | None:
+def told(path: Path) -> CompositionSpec | None:
     """Read what a file of a composition says of itself; its header is all that is read.
 
     Args:
@@ -133,7 +134,7 @@ def told(path: Path) -> Composition | None:
     return _read(at_home(path), metadata) if COMPOSITION in metadata else None
 
 
-def read(path: Path) -> Composition:
+def read(path: Path) -> CompositionSpec:
     """Read what a file of a composition says of itself.
 
     Args:
@@ -152,7 +153,7 @@ def read(path: Path) -> Composition:
     return _read(place, metadata)
 
 
-def write(path: Path, composition: Composition, learned: "LearnedStrengths") -> None:
+def write(path: Path, composition: CompositionSpec, learned: "LearnedStrengths") -> None:
     """Write the file of a composition, aside and then renamed.
 
     Args:
@@ -168,7 +169,7 @@ def write(path: Path, composition: Composition, learned: "LearnedStrengths") -> 
     container.write(path, learned.tensors(), {COMPOSITION: told})
 
 
-def _read(path: Path, metadata: Mapping[str, str]) -> Composition:
+def _read(path: Path, metadata: Mapping[str, str]) -> CompositionSpec:
     with refusing(f"{path}: its {COMPOSITION!r} metadata is damaged"):
         values = json_value(metadata[COMPOSITION])
         if values.pop("version") > VERSION:
@@ -176,9 +177,9 @@ def _read(path: Path, metadata: Mapping[str, str]) -> Composition:
         adapters = tuple(_member(one) for one in values["adapters"])
         blocks = tuple(_printable(block) for block in values["blocks"])
         base, training = dict(values["base"]), dict(values["training"])
-        if not adapters or not blocks or values["kind"] not in ("strengths", "gates"):
+        if not adapters or not blocks or values["kind"] not in LEARNED_KINDS:
             raise ValueError(f"it has no adapters, no blocks, or is of an unknown kind {values['kind']!r}")
-        return Composition(str(values["kind"]), adapters, blocks, base, training, path)
+        return CompositionSpec(str(values["kind"]), adapters, blocks, base, training, path)
 
 
 def _member(values: Mapping[str, Any]) -> Member:

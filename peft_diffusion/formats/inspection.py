@@ -144,8 +144,8 @@ def inspect(source: str | Path | Plan) -> Inspection:
         components=Counter(component for component, _, one in found.each() if one.methods),
         methods_by_component=_by_component(found),
         origin=origin(found.header),
-        triggers=_triggers(found),
-        tags=_tags(found.header.metadata),
+        triggers=triggers_of(found),
+        tags=tags_of(found),
         hashes=_hashes(found),
         hyper_parameters=told,
         network=network.from_metadata(found.header.metadata),
@@ -175,8 +175,15 @@ def _by_component(found: Plan) -> dict[str, Counter[str]]:
     return told
 
 
-def _triggers(found: Plan) -> tuple[str, ...]:
-    """The words that call it, each once."""
+def triggers_of(found: Plan) -> tuple[str, ...]:
+    """List the words that call an adapter.
+
+    Args:
+        found: Its file.
+
+    Returns:
+        The words of its spec, or of ``modelspec.trigger_phrase``, and those that it learned, each once.
+    """
     phrase = found.header.metadata.get("modelspec.trigger_phrase", "").strip()
     spoken = found.spec.triggers if found.spec is not None else ((phrase,) if phrase else ())
     suffixes = frozenset(method.embedding[0] for method in methods.known().values() if method.embedding is not None)
@@ -185,10 +192,19 @@ def _triggers(found: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*spoken, *(word for word in learned if word))))
 
 
-def _tags(metadata: Mapping[str, str]) -> dict[str, int]:
-    """How often captions had a tag; nothing where the metadata do not say, or are damaged."""
+def tags_of(found: Plan) -> dict[str, int]:
+    """Count the tags of the captions that an adapter was trained on, as kohya's trainer does.
+
+    Args:
+        found: Its file.
+
+    Returns:
+        How often captions had each, the most frequent first; nothing where the file does not say, or is damaged.
+    """
+    # The spec says it in files of every layout, and kohya's key in that of kohya's.
+    own = found.spec.training.get("tag_frequency") if found.spec is not None else None
     try:
-        folders = json_value(metadata.get("ss_tag_frequency", "{}"))
+        folders = own if isinstance(own, dict) else json_value(found.header.metadata.get("ss_tag_frequency", "{}"))
     except ValueError:
         return {}
     counted: Counter[str] = Counter()

@@ -78,6 +78,22 @@ _LM = r"model_layers_\d+_(?:self_attn|mlp)_"
 _TRANSFORMER = re.compile(r"^(?:transformer\.|lora_transformer_)")
 _ENDS = re.compile(r"(?:lora_down\.weight|lora_A(?:\.[^.]+)?\.weight|lora_A|lora\.down\.weight|hada_w1_b)$")
 
+_FAMILIES: Mapping[str, tuple[str, ...]] = {
+    _SD1: ("sd1",),
+    _SD2: ("sd2",),
+    _SDXL: ("sdxl",),
+    _SD1_OR_2: ("sd1", "sd2"),
+    _SD1_OR_XL: ("sd1", "sdxl"),
+    "a language model": ("lm",),
+}
+# What sites that share adapters call a model, in small letters and with single spaces.
+_SHARED: tuple[tuple[str, str], ...] = (
+    (r"(?:sdxl|pony|illustrious|noobai)\b.*", _SDXL),
+    (r"sd ?1(?:\b.*)?", _SD1),
+    (r"sd ?2(?:\b.*)?", _SD2),
+    (r"sd ?3(?:\b.*)?", _SD3),
+)
+
 NOT_RUN = frozenset(name for table in (_TOLD, _NAMED) for _, name in table) - RUN
 """Models that this package knows by name and does not run."""
 
@@ -111,6 +127,32 @@ def origin(header: Header) -> Origin:
     if told:
         return Origin(told, "its metadata", named if named and told not in (named, *_EITHER.get(named, ())) else "")
     return Origin(named, "the names and shapes of its tensors" if named else "")
+
+
+def families_of(name: str) -> tuple[str, ...]:
+    """Tell the families of bases that a model may be of.
+
+    Args:
+        name: Of an `Origin`.
+
+    Returns:
+        Their names; none for a model that this package does not run, and for "".
+    """
+    return _FAMILIES.get(name, ())
+
+
+def shared_as(told: str) -> str:
+    """Tell which model is meant by what a site that shares adapters calls it.
+
+    Args:
+        told: Such as "SD 1.5", "SDXL 1.0", "Pony" or "Flux.1 D".
+
+    Returns:
+        The name, as an `Origin` has it; "" for a model that is not known.
+    """
+    words = " ".join(told.lower().split())
+    shared = next((name for pattern, name in _SHARED if re.fullmatch(pattern, words)), "")
+    return shared or next((name for pattern, name in _TOLD if re.fullmatch(pattern, words)), "")
 
 
 def _of_metadata(metadata: Mapping[str, str]) -> str:

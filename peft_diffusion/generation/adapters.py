@@ -718,7 +718,7 @@ class Adapters:
         sampling: "Sampling | None" = None,
         stop: Stop = Never(),  # noqa: B008 -- has no state
     ) -> "BlendReport":
-        """Tell what adapters change at each layer, how each two of them meet, and at which strengths they go together.
+        """Tell what adapters change at each layer, what each two of them share, and at which strengths they go together.
 
         Without prompts it takes the weights alone, and works on a language model too. With prompts the base draws them, in a
         few steps, once for what each adapter adds to the outputs of layers, once to compare predictions, and twice for each
@@ -751,12 +751,12 @@ class Adapters:
         if not prompts:
             return measured(components(self.pipe), chosen)
         self._denoising()
-        from .meeting import met, own_prompts  # these import diffusers
+        from .overlap_drawing import drawn, own_prompts  # these import diffusers
         from .settings import Sampling as Usual
 
         own = own_prompts(self, chosen, prompts)
         with self._kept_strengths():
-            found = met(self, own, seed, Usual() if sampling is None else sampling, stop)
+            found = drawn(self, own, seed, Usual() if sampling is None else sampling, stop)
         return measured(components(self.pipe), chosen, found)
 
     @property
@@ -904,7 +904,12 @@ def _known_blocks(
     everywhere."""
     chosen: dict[str, OverSteps] = {}
     for name, given in amounts.items():
-        refuse_unknown(named_blocks(given), everywhere)
+        named = named_blocks(given)
+        if part := next((one for one in named if one in families.components() and one not in everywhere), None):
+            raise UserError(
+                f"{part!r} is a component and no block; say ByPart(components={{{part!r}: 0.5}}, blocks={{'mid': 1.0}})"
+            )
+        refuse_unknown(named, everywhere)
         amount = of_component(given, component, own)
         if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
             amount = {block: value for block, value in amount.items() if weighed({block: value}, own)}

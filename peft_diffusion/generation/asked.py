@@ -16,6 +16,7 @@ from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
 from . import amounts
 from .recipe import UsedRegion
+from .retrieval import Retrieval
 from .settings import Choice, GenerateConfig, Key, Sampling, parse_choice, with_plans
 from .tags import Shelf, Tag, take
 
@@ -220,13 +221,14 @@ def _amount(choice: Choice, tag: Tag, base: Base) -> float | ByPart:
     return replace(parts, components={name: value * parts.components.get(name, 1.0) for name, value in told.items()})
 
 
-def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool) -> Order:
+def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, retrieval: Retrieval | None = None) -> Order:
     """Read all prompts.
 
     Args:
         config: What was asked for.
         choices: The adapters that were given.
         literal: Whether the prompts are those of a recipe, which leave nothing open.
+        retrieval: Chooses further adapters for each prompt; None where none are chosen.
 
     Returns:
         What is drawn.
@@ -241,7 +243,8 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool) -
     for line in lines:
         read = PromptLine(line, {}) if literal else parse_line(line)
         one = _of_line(config, read.prompt, read.told)
-        rows.append(tuple(_picture(one, read.prompt, seed, wildcards, literal) for seed in one.all_seeds()))
+        row = [_picture(one, read.prompt, seed, wildcards, literal) for seed in one.all_seeds()]
+        rows.append(tuple(row if retrieval is None else (_with_chosen(asked, retrieval, shelf) for asked in row)))
     of_regions = {one.key: replace(one, strength=1.0, parts=None) for said in in_regions for one in said}
     only_there = [one for key, one in of_regions.items() if key not in {choice.key for choice in choices}]
     tags = [tag for row in rows for one in row for tag in one.all_tags]
@@ -300,6 +303,12 @@ def _picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcard
     regions = tuple(None if one.prompt is None else read_prompt(one.prompt, seed, wildcards) for one in config.region)
     own = replace(config, negative="")
     return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)
+
+
+def _with_chosen(asked: Asked, retrieval: Retrieval, shelf: Shelf) -> Asked:
+    """A picture with the adapters that a library chooses for its prompt."""
+    prompt, tags = retrieval.choose(asked.prompt, asked.tags, shelf)
+    return replace(asked, prompt=prompt, tags=tags)
 
 
 def read_all(config: Sampling, choices: Sequence[Choice], seed: int) -> tuple[list[Read], tuple[Choice, ...], Shelf]:

@@ -12,8 +12,8 @@ from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
 from ..core.strength_schedule import ByPart
+from . import overlap_drawing, sheet
 from . import recipe as recipes
-from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
@@ -22,7 +22,7 @@ from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
-from .meeting import met, own_prompts
+from .learned import tell_base
 from .memory import loaded, spare
 from .overlap import BlendReport, measured
 from .overlap_files import write
@@ -82,6 +82,7 @@ def blend(
             names,
         ):
             tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
+            tell_base(adapters, config.compose_file, tell)
             beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
             config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))
@@ -103,10 +104,12 @@ def _report(
     tell: Observer,
     stop: Stop,
 ) -> BlendReport:
-    """How the adapters of a sheet meet, on its prompts with each one's trigger; tells which strengths go together."""
+    """What the adapters of a sheet change and share, on its prompts with each one's trigger. Tells the best mix."""
     amounts = {name: choice.amount for name, choice in choices.items()}
-    own = own_prompts(adapters, list(choices), config.prompts)
-    seen = met(adapters, own, config.seed, config, stop, amounts=amounts, beside=beside, effects=effects or None)
+    own = overlap_drawing.own_prompts(adapters, list(choices), config.prompts)
+    seen = overlap_drawing.drawn(
+        adapters, own, config.seed, config, stop, amounts=amounts, beside=beside, effects=effects or None
+    )
     found = seen.suggestion
     if found.excess_whole:
         told = " ".join(f"--adapter {one.path}={one.strength * found.strengths[name]:.2f}" for name, one in choices.items())

@@ -22,7 +22,7 @@ from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline, free_u
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Observers, Stop, Warned, observed
+from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, Warned, observed
 from ..core.settings import of_kind, pick, settings_of
 from ..core.strength_schedule import ByPart
 from ..formats import Plan, plan
@@ -39,10 +39,12 @@ from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .kept import Kept
+from .learned import tell_base
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
 from .regions import Area, Division, DrawnRegion, parse_area
+from .retrieval import retrieval
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
@@ -72,6 +74,8 @@ _FREE = frozenset(
         "base",
         "adapter",
         "calibrate",
+        "auto",
+        "library",
         "image",
         "mask",
         "compose_file",
@@ -118,12 +122,13 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        asked = order(config, choices, literal=again is not None)
-        if expected is not None:
-            asked = replace(asked, divided=expected.divided)
-        taken = config if again is not None else for_few_steps(config, asked.choices, tell)
-        if taken is not config:
-            config, asked = taken, order(taken, choices, literal=False)
+        with retrieval(config, pipe, choices, tell) as library:
+            asked = order(config, choices, literal=again is not None, retrieval=library)
+            if expected is not None:
+                asked = replace(asked, divided=expected.divided)
+            taken = config if again is not None else for_few_steps(config, asked.choices, tell)
+            if taken is not config:
+                config, asked = taken, order(taken, choices, literal=False, retrieval=library)
         config.check_composed(len(asked.choices))
         paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
@@ -188,7 +193,8 @@ def draw(
     ):
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
-        factors = _factors(adapters, names, asked, config, stop) if config.calibrate else {}
+        tell_base(adapters, config.compose_file, tell)
+        factors = _factors(adapters, names, asked, config, tell, stop) if config.calibrate else {}
         with spared(adapters, config):
             jobs = [_job(adapters, names, asked, group, source, factors, tell, stop) for group in asked.groups]
             if check is not None:
@@ -299,10 +305,16 @@ class _Job:
         return paint(adapters, self.cells, self.config, self.source, tell=tell, stop=stop)
 
 
-def _factors(adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, stop: Stop) -> dict[str, float]:
-    """What strengths are multiplied by for equal ones to change the predictions of these prompts as much."""
+def _factors(
+    adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, tell: Observer, stop: Stop
+) -> dict[str, float]:
+    """What strengths are multiplied by for equal ones, in the parts and over the steps that are said, to do as much."""
     cells = [Cell(one.prompt, one.seed, None, one.negative) for one in asked.pictures]
-    return calibrated(adapters, dict.fromkeys(names, 1.0), cells, config, stop).factors
+    amounts = {name: replace(choice, strength=1.0).amount for name, choice in zip(names, asked.choices, strict=True)}
+    found = calibrated(adapters, amounts, cells, config, stop)
+    if found.silent:
+        tell(Noted(f"{', '.join(found.silent)} changes nothing of these prompts, so its strength is left as it is"))
+    return found.factors
 
 
 def _job(
@@ -423,7 +435,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["compose"] = None if sampling.meets == "add" else sampling.meets
+    found["compose"] = None if sampling.composition == "add" else sampling.composition
     file = sampling.compose_file
     found["compose_file"] = None if file is None else UsedPicture(str(file), sha256(file))
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)

@@ -17,6 +17,7 @@ from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
 from .grid_settings import Cellwise, GridConfig
+from .learned import tell_base
 from .memory import loaded, spare
 from .recipe import Recipe
 from .sampler import Cell, paint
@@ -68,6 +69,7 @@ def grid(
             on,
             names,
         ):
+            tell_base(on, config.compose_file, tell)
             called = {file.key: name for file, name in zip(files, names, strict=True)}
             drawn: list[tuple[GenerateConfig, Cell]] = []
             for one in orders:

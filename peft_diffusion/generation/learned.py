@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..bases.prompts import Encoding
 from ..core.errors import UserError
+from ..core.events import Observer, Warned
+from ..core.shortening import brief
 from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..formats import composition
@@ -62,12 +64,26 @@ def composed(
     return names
 
 
+def tell_base(adapters: "Adapters", file: Path | None, tell: Observer) -> None:
+    """Warn where adapters are weighed as was learned on a base of other weights.
+
+    Args:
+        adapters: Those on the base that draws.
+        file: The file of the composition; None where there is none.
+        tell: Is told.
+    """
+    made = {} if file is None else composition.read(file).base
+    if made.get("fingerprint") not in (None, adapters.base.fingerprint):
+        name = brief(str(made.get("name")))
+        tell(Warned(f"{file} was learned on {name!r}, whose weights differ from this base's; results may differ"))
+
+
 def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:
     adapters.set(cell.strengths or {})
     return telling.as_learned(cell.prompt)
 
 
-def _loaded(adapters: "Adapters", told: composition.Composition, folder: Path | None) -> tuple[str, ...]:
+def _loaded(adapters: "Adapters", told: composition.CompositionSpec, folder: Path | None) -> tuple[str, ...]:
     """The name of each adapter of a composition, after loading those that are missing."""
     present = {adapters[name].sha256: name for name in (*adapters.names, *adapters.waiting)}
     paths = [path for digest in present if (path := adapters[present[digest]].path) is not None]

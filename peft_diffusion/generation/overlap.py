@@ -1,4 +1,4 @@
-"""How adapters on a base meet: the size of their changes at each layer, and for each pair overlap and conflict."""
+"""What adapters on a base change and share: the size of their changes at each layer, and for each pair the overlap."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """How the changes of two adapters lie to each other at a layer that both change.
+class PairOverlap:
+    """How much the changes of two adapters overlap at a layer that both change.
 
     Attributes:
         first: The one.
@@ -69,11 +69,11 @@ class Meeting:
 
 @dataclass(frozen=True)
 class BlendReport:
-    """What adapters change, and how they meet.
+    """What adapters change, and what of it they share.
 
     Attributes:
         sizes: Each adapter at each layer whose weight it changes.
-        meetings: Each pair at each layer that both change.
+        overlaps: Each pair at each layer that both change.
         effects: What each changes of the network's predictions: see `Calibration.effects`; empty without prompts.
         even: Shares of strength at which all change as much, together 1: of predictions, and without prompts of the weights.
         suggested: Shares of strength at which adapters together predict nearest to what each does alone of its own prompts:
@@ -86,7 +86,7 @@ class BlendReport:
     """
 
     sizes: tuple[Size, ...]
-    meetings: tuple[Meeting, ...]
+    overlaps: tuple[PairOverlap, ...]
     effects: Mapping[str, float]
     even: Mapping[str, float]
     suggested: Mapping[str, float]
@@ -111,9 +111,10 @@ class BlendReport:
             own.setdefault((size.adapter, size.component, size.block), ([], []))[0].append(size)
         for one in self.acting:
             own.setdefault((one.adapter, one.component, one.block), ([], []))[1].append(one)
-        both: dict[tuple[str, str, str], tuple[list[Meeting], list[Conflict]]] = {}
-        for met in self.meetings:
-            both.setdefault((f"{met.first} x {met.second}", met.component, met.block), ([], []))[0].append(met)
+        both: dict[tuple[str, str, str], tuple[list[PairOverlap], list[Conflict]]] = {}
+        for overlap in self.overlaps:
+            pair = f"{overlap.first} x {overlap.second}"
+            both.setdefault((pair, overlap.component, overlap.block), ([], []))[0].append(overlap)
         for clash in self.conflicts:
             both.setdefault((f"{clash.first} x {clash.second}", clash.component, clash.block), ([], []))[1].append(clash)
         rows = [
@@ -125,8 +126,8 @@ class BlendReport:
             )
             for key, (sizes, acts) in own.items()
         ]
-        for key, (meetings, clashes) in both.items():
-            cosine, reads, writes = (_mean([getattr(one, n) for one in meetings]) for n in ("cosine", "reads", "writes"))
+        for key, (overlaps, clashes) in both.items():
+            cosine, reads, writes = (_mean([getattr(one, n) for one in overlaps]) for n in ("cosine", "reads", "writes"))
             conflict = _mean([clash.cosine for clash in clashes])
             rows.append(Block(*key, cosine=cosine, reads=reads, writes=writes, conflict=conflict))
         return rows
@@ -190,7 +191,7 @@ def measured(parts: Mapping[str, nn.Module], names: Sequence[str], drawn: Drawn 
         The report.
     """
     sizes: list[Size] = []
-    meetings: list[Meeting] = []
+    overlaps: list[PairOverlap] = []
     others: dict[str, int] = {}
     for component, state in Registry(parts).states().items():
         part = parts[component]
@@ -212,13 +213,13 @@ def measured(parts: Mapping[str, nn.Module], names: Sequence[str], drawn: Drawn 
             for name, size in norms.items():
                 sizes.append(Size(name, component, block, path, size, size / whole if whole else None))
             for one, other in combinations(changes, 2):
-                found = _meeting(changes[one], changes[other], norms[one] * norms[other])
-                meetings.append(Meeting(one, other, component, block, path, *found))
+                found = _overlap_of(changes[one], changes[other], norms[one] * norms[other])
+                overlaps.append(PairOverlap(one, other, component, block, path, *found))
     known = drawn.effects if drawn else {n: math.hypot(*(one.change for one in sizes if one.adapter == n)) for n in names}
     even = Calibration(known).evenly(dict.fromkeys(known, 1 / max(1, len(known))))
     return BlendReport(
         tuple(sizes),
-        tuple(meetings),
+        tuple(overlaps),
         effects=dict(drawn.effects) if drawn else {},
         even=even,
         suggested=dict(drawn.suggestion.strengths) if drawn else even,
@@ -253,8 +254,9 @@ def _inner(one: Change, other: Change) -> float:
     return 0.0 if first is None or second is None else float((first.double() * second.double()).sum())
 
 
-def _meeting(one: Change, other: Change, norms: float) -> tuple[float, float | None, float | None]:
-    """The cosine of two changes, by the product of their norms, and how far they read and write the same."""
+def _overlap_of(one: Change, other: Change, norms: float) -> tuple[float, float | None, float | None]:
+    """What `PairOverlap` has of two changes: the cosine, by the product of their norms, and how far they read and write the
+    same."""
     reads = writes = None
     if one.pair is not None and other.pair is not None:
         reads = _overlap(one.pair.down.T, other.pair.down.T)

@@ -9,9 +9,9 @@ from typing import TypeVar
 from ..core.errors import UserError
 from ..core.files import write_bytes
 from .on_activations import Acting, Conflict
-from .overlap import BlendReport, Meeting, Size
+from .overlap import BlendReport, PairOverlap, Size
 
-T = TypeVar("T", Size, Meeting, Acting, Conflict)
+T = TypeVar("T", Size, PairOverlap, Acting, Conflict)
 _Row = tuple[str, Sequence[float | None]]
 
 
@@ -43,9 +43,9 @@ def _drawn(report: BlendReport, kind: str) -> bytes:
     maps = {
         "change against the weight": _rows(report.sizes, layers, lambda one: one.adapter, lambda one: one.relative),
         "what is added against the output": _rows(report.acting, layers, lambda one: one.adapter, lambda one: one.relative),
-        "cosine of both changes": _rows(report.meetings, layers, _both, lambda one: one.cosine),
-        "overlap of what both read": _rows(report.meetings, layers, _both, lambda one: one.reads),
-        "overlap of what both write": _rows(report.meetings, layers, _both, lambda one: one.writes),
+        "cosine of both changes": _rows(report.overlaps, layers, _both, lambda one: one.cosine),
+        "overlap of what both read": _rows(report.overlaps, layers, _both, lambda one: one.reads),
+        "overlap of what both write": _rows(report.overlaps, layers, _both, lambda one: one.writes),
         "cosine of what both add to the output": _rows(report.conflicts, layers, _both, lambda one: one.cosine),
     }
     maps = {title: rows for title, rows in maps.items() if rows}
@@ -69,7 +69,7 @@ def _drawn(report: BlendReport, kind: str) -> bytes:
     return drawn.getvalue()
 
 
-def _both(one: Meeting | Conflict) -> str:
+def _both(one: PairOverlap | Conflict) -> str:
     return f"{one.first} x {one.second}"
 
 

@@ -193,13 +193,13 @@ def _drawn(
     if hires is not None:
         check_hires(pipe, hires)
     if any(cell.division is not None for cell in cells):
-        check_compose(sampling.meets)
+        check_compose(sampling.composition)
     cells = [cell if cell.division is None else replace(cell, division=cell.division.on(*sides)) for cell in cells]
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
     starts = range(0, len(cells), sampling.batch_size)
-    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.meets) for start in starts]
+    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.composition) for start in starts]
     scheduler = scheduler_of(adapters, cells, sampling)
     adapters.keep_steps_on_host(scheduler)
     _tell_of_scheduler(pipe, scheduler, sampling, tell)
@@ -211,14 +211,14 @@ def _drawn(
         for number, rows in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             batch = rows.cells
-            set_strengths(adapters, composed(batch, sampling.meets, told))
+            set_strengths(adapters, composed(batch, sampling.composition, told))
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             with rows.averaged(denoiser_of(pipe).network):
                 if hires is not None:
                     start = _second(start, hires, adapters, batch, telling, report, controls)
                     report = replace(report, before=report.before + first)
-                    set_strengths(adapters, composed(batch, sampling.meets, told.of_pass(hires.planned)))
+                    set_strengths(adapters, composed(batch, sampling.composition, told.of_pass(hires.planned)))
                 drawn = draw(start, batch, telling, report, controls)
             yield rows, drawn
 

@@ -40,6 +40,7 @@ from ..data.prompts import refuse_files
 from ..formats import Plan, composition, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
+from ..library.settings import LIBRARY_HELP
 from . import amounts
 from .compositions import COMPOSITIONS, LEARNED, Compose, explanation
 from .control_settings import Control
@@ -483,7 +484,7 @@ class Sampling(NamesAdapters):
         return _STEPS if self.steps is None else self.steps
 
     @property
-    def meets(self) -> Compose:
+    def composition(self) -> Compose:
         """How several adapters meet."""
         return self.compose if self.compose_file is None else LEARNED
 
@@ -509,7 +510,7 @@ class Sampling(NamesAdapters):
         Raises:
             UserError: There are too few or too many.
         """
-        COMPOSITIONS[self.meets].check(adapters)
+        COMPOSITIONS[self.composition].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
@@ -578,6 +579,15 @@ class GenerateConfig(Sampling):
         "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
         PARAMETERS,
     )
+    auto: int | None = setting(
+        None,
+        "Choose up to so many adapters of the library for each prompt, with a strength of 0.4 to 1 by how much the prompt "
+        "asks for them, and put in front of it the triggers that it lacks. Which, and why, is told. None is chosen where "
+        "none has to do with the prompt.",
+        PARAMETERS,
+        COUNT,
+    )
+    library: OptionalPath = setting(None, LIBRARY_HELP, PARAMETERS)
     region: Regions = setting(
         (),
         "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
@@ -639,16 +649,20 @@ class GenerateConfig(Sampling):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is not None and self.calibrate:
             raise UserError("a recipe holds the strengths as they were scaled; leave --calibrate away")
+        if self.recipe is not None and self.auto is not None:
+            raise UserError("a recipe holds the adapters that were chosen; leave --auto away")
+        if self.library is not None and self.auto is None:
+            raise UserError("--library is where --auto finds adapters; give that too, as in --auto 2")
         if self.recipe is None:
             if self.prompts_file is None:
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
         if self.region or self.regions == "auto":
-            check_compose(self.meets)
+            check_compose(self.composition)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
-        if self.calibrate and self.meets == LEARNED:
+        if self.calibrate and self.composition == LEARNED:
             raise UserError(
                 "--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away"
             )
@@ -683,6 +697,10 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        if self.auto is not None:
+            from ..library import Library  # which brings numpy
+
+            Library(self.library, make=False).close()
         self.controls()
         for region in self.region:
             region.check()
@@ -731,14 +749,15 @@ class BlendConfig(Sampling):
     )
     plain: bool = setting(
         False,
-        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% both change the network's "
-        "predictions of these prompts as much, which a few more steps measure.",
+        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% pictures are as far from "
+        "those of the one alone as from those of the other, which rows of nine pictures of eight steps measure first.",
         PARAMETERS,
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
     report: OptionalPath = setting(
         None,
-        "Also write how the adapters meet, layer by layer, into this file: .json, or .png, .svg or .pdf for heat maps.",
+        "Also write what adapters change and share, layer by layer, into this file: .json, or .png, .svg or .pdf for heat "
+        "maps.",
         PARAMETERS,
     )
     seed: int = setting(0, "The noise that every picture of the sheet starts from.", PARAMETERS, SEEDS)

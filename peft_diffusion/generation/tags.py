@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -87,10 +87,12 @@ class Shelf:
     Attributes:
         given: Those that were named as files.
         folder: The folder; None for none.
+        chosen: Those that a library chose, by the paths of their files.
     """
 
     given: tuple[Choice, ...] = ()
     folder: Path | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         folder = None if self.folder is None else at_home(self.folder)
@@ -127,7 +129,7 @@ class Shelf:
 
         Args:
             name: The file's name without ending, in any case of letters; its path in the folder, where several have that
-                name; or what its metadata call it (``ss_output_name``).
+                name; what its metadata call it (``ss_output_name``); or the path of one that a library chose.
 
         Returns:
             The one given, or one of the folder, at strength 1.
@@ -135,6 +137,8 @@ class Shelf:
         Raises:
             UserError: There is none, or more than one; tells the nearest name.
         """
+        if name in self.chosen:
+            return self.chosen[name]
         wanted = name.casefold().removesuffix(".safetensors")
         given = [choice for choice in self.given if choice.name.casefold() == wanted]
         if given:

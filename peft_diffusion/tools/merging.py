@@ -68,15 +68,17 @@ class _Matching:
     seen: Sequence[Mapping[Where, Seen]]
     off_diagonal: float
 
-    def grams(self, where: Where, inputs: int) -> list[Tensor]:
-        """Those of each file at a site; at a layer that never ran, of inputs that are all alike."""
-        found = [one.fit.mean() for seen in self.seen if (one := seen.get(where)) is not None]
-        return found if len(found) == len(self.seen) else [torch.eye(inputs, dtype=torch.float64)] * len(self.seen)
+    def inputs(self, where: Where, width: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What went into a layer, for each file: a Gram matrix that is fitted on, and rows of a picture that was kept apart.
 
-    def checked(self, where: Where, inputs: int) -> list[Tensor]:
-        """Inputs of each file's own picture that was kept apart, (rows, inputs)."""
-        found = [one.checked() for seen in self.seen if (one := seen.get(where)) is not None]
-        return found if len(found) == len(self.seen) else [torch.eye(inputs)] * len(self.seen)
+        Where the layer did not run with each of the files, all have inputs that are all alike: grams of different measures
+        would weigh the files against each other.
+        """
+        found = [one for seen in self.seen if (one := seen.get(where)) is not None]
+        if len(found) < len(self.seen):
+            alike = torch.eye(width)
+            return [alike.double()] * len(self.seen), [alike] * len(self.seen)
+        return [one.fit.mean() for one in found], [one.checked() for one in found]
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,13 @@ def _nearest(site: _Site, way: _Way, matching: _Matching) -> tuple[LowRank, list
             pairs[number] = LowRank(pair.down, pair.up * strength)
     name, known = ".".join(site.where), [one for one in pairs if one is not None]
     wanted = way.wanted or _largest(name, [one for one in site.changes if one.changes_weight])
-    inputs = known[0].down.shape[1]
-    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs)]
+    width = known[0].down.shape[1]
+    grams, checked = matching.inputs(site.where, width)
+    fit = [damped(one, matching.off_diagonal) for one in grams]
     match = matched if way.how == "regmean" else columns_matched
-    found, whole = match(pairs, fit, wanted.rank or inputs), summed(known)
+    found, whole = match(pairs, fit, wanted.rank or width), summed(known)
     outputs = []
-    for adapter, own, x in zip(matching.names, pairs, matching.checked(site.where, inputs), strict=True):
+    for adapter, own, x in zip(matching.names, pairs, checked, strict=True):
         norm = 0.0 if own is None else missed(own, None, x)
         outputs.append(OutputError(name, adapter, missed(found, own, x), missed(whole, own, x), norm))
     return found, outputs

@@ -23,7 +23,7 @@ from ..core.events import Ended, Observer, Stop, Warned, observed, stop_on_signa
 from ..core.files import at_home, claimed, refuse_overlaps
 from ..core.settings import pick, portable
 from ..formats import Plan
-from ..formats.composition import Composition, Member, write
+from ..formats.composition import CompositionSpec, Member, write
 from .drawing import Drawing
 from .events import HeldOut, Saved
 from .loop.trainer import Trainer, TrainerSettings
@@ -71,7 +71,7 @@ class ComposeResult:
     """
 
     output: Path
-    composition: Composition
+    composition: CompositionSpec
     before: tuple[float, ...]
     after: tuple[float, ...]
     numbers: int
@@ -165,7 +165,7 @@ def _learn(
         after = _measured(task, prepared)
     training = portable(config) | task.summary() | {"loss_before": list(before), "loss": list(after)}
     members = tuple(_member(one) for one in plans)
-    made = Composition(config.kind, members, task.blocks, asdict(prepared.info), training, at_home(config.target))
+    made = CompositionSpec(config.kind, members, task.blocks, asdict(prepared.info), training, at_home(config.target))
     write(made.path, made, task.learned)
     return ComposeResult(made.path, made, before, after, arena.count, time.monotonic() - began)
 
@@ -224,7 +224,7 @@ def _task(config: ComposeTrainConfig, prepared: Prepared, names: Sequence[str]) 
     counts = Counter(picture.dataset for picture in kept)
     repeats = [round(max(counts.values()) / counts[picture.dataset]) for picture in kept]
     train = replace(prepared.train, repeats=repeats if set(repeats) != {1} else ())
-    return ComposingTask(prepared.pipe, names, config.kind, config.balance, settings, train)
+    return ComposingTask(prepared.pipe, names, config.kind, config.balance_weight, settings, train)
 
 
 @contextmanager

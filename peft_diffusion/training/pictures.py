@@ -18,7 +18,7 @@ from ..core.others import Other
 from ..core.settings import flag, pick
 from ..data.borders import Colour, paper
 from ..data.buckets import place
-from ..data.captions import with_trigger
+from ..data.captions import tag_frequency, with_trigger
 from ..data.images import open_picture
 from ..fast.unet import fused
 from .attachment import NAME, selected_components, triggers, with_words
@@ -286,7 +286,12 @@ class PictureMaterial:
 
     def training(self) -> dict[str, Any]:
         """Entries of the adapter file's training summary."""
-        return {"class_pictures": len(self.prepared.of_run.of_class), "images": len(self.prepared.of_run.kept)}
+        own = self.prepared.of_run
+        return {
+            "class_pictures": len(own.of_class),
+            "images": len(own.kept),
+            "tag_frequency": tag_frequency(one.caption for one in own.kept),
+        }
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

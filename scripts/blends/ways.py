@@ -54,12 +54,14 @@ class Way:
     """A way of composing: what ``--compose`` is, which files are loaded, and how strengths follow from a point.
 
     ``folder`` holds the adapters. `load` puts what is needed on the base. ``kind`` is that of a
-    composition that was learned.
+    composition that was learned. ``draws_ends`` tells whether pictures of one adapter alone are the
+    way's own, and not those of plain strengths.
     """
 
     name: str
     compose: str = "add"
     kind: str | None = None
+    draws_ends: bool = False
     points: tuple[Point, ...] = field(default=tuple((share, scale) for scale in SCALES for share in SHARES))
 
     def load(self, adapters: "Adapters", pair: Pair, folder: Path) -> Strengths | None:
@@ -101,8 +103,11 @@ class Beside(Way):
         return pair.strengths
 
 
+@dataclass(frozen=True)
 class Merged(Way):
-    """One file of both for each share."""
+    """One file of both for each share, which ``merge --how`` makes."""
+
+    how: str = ""
 
     def load(self, adapters: "Adapters", pair: Pair, folder: Path) -> Strengths | None:
         """Load the files that `merge` made."""
@@ -111,11 +116,6 @@ class Merged(Way):
             return None
         names = {share: adapters.load(file, name=f"merged{number}") for number, (share, file) in enumerate(files.items())}
         return lambda share, scale: {names[share]: scale}
-
-    @property
-    def how(self) -> str:
-        """How ``merge`` does it."""
-        return self.name.removeprefix("merge ")
 
 
 def beside_name(pair: Pair) -> str:
@@ -146,7 +146,7 @@ def merge_one(job: tuple[Path, Pair, str, float]) -> None:
 
 def every() -> dict[str, Way]:
     """All ways there are, by name: those of ``--compose`` and of ``merge --how`` as their tables have them."""
-    found: list[Way] = [Way("plain"), Calibrated("calibrated"), Beside("beside")]
+    found: list[Way] = [Way("plain", draws_ends=True), Calibrated("calibrated"), Beside("beside", draws_ends=True)]
     for name, one in COMPOSITIONS.items():
         if name == LEARNED:
             found += [Way(f"learned {kind}", kind=kind) for kind in get_args(Kind)]
@@ -154,7 +154,7 @@ def every() -> dict[str, Way]:
             # A mean of predictions is weighed by shares alone, so it has more of them.
             shares = tuple((n / 16, 1.0) for n in range(1, 16))
             found.append(Way(name, name, points=shares) if name == "composite" else Way(name, name))
-    found += [Merged(f"merge {how}") for how in get_args(How) if how != "linear"]
+    found += [Merged(f"merge {how}", how=how) for how in get_args(How) if how != "linear"]
     return {way.name: way for way in found}
 
 

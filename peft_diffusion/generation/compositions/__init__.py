@@ -7,6 +7,7 @@ imported, as ``--help`` imports it; what computes imports it inside of the metho
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ...core.wording import any_of
 from .add import Add
 from .composite import Composite
 from .declared import Composition
@@ -34,5 +35,4 @@ def explanation() -> str:
     Returns:
         A sentence.
     """
-    *others, last = [f"{one.words} ({one.name})" for one in _EVERY]
-    return f"How several adapters meet: {', '.join(others)}, or {last}."
+    return f"How several adapters meet: {any_of([f'{one.words} ({one.name})' for one in _EVERY])}."

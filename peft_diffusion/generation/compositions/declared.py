@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ...core.errors import UserError
 from ...core.strength_schedule import ByPart
+from ...core.wording import number_of
 
 if TYPE_CHECKING:
     from ...bases.prompts import Encoding
     from ...core.learned_strengths import LearnedStrengths
-    from ...formats.composition import Composition as File
+    from ...formats.composition import CompositionSpec
     from ..adapters import Adapters
     from ..sampler import Cell
 
@@ -67,7 +68,7 @@ class Drawing:
         return replace(self, steps=steps)
 
     @property
-    def learned(self) -> "tuple[File, LearnedStrengths]":
+    def learned(self) -> "tuple[CompositionSpec, LearnedStrengths]":
         """What the file says of itself, and what it holds. Raises UserError where there is none, or it is damaged."""
         from ...formats import composition
 
@@ -127,7 +128,8 @@ class Composition:
                 f"--compose {self.name} does nothing with {adapters or 'no'} adapter; give two or more, or leave it away"
             )
         if self.most is not None and adapters > self.most:
-            raise UserError(f"--compose {self.name} is for {self.most} adapters, and {adapters} are given; leave some away")
+            taken = number_of(self.most, "adapter")
+            raise UserError(f"--compose {self.name} is for {taken}, and {adapters} are given; leave some away")
 
     def rows(self, cell: "Cell") -> "list[tuple[Cell, float]]":
         """Say what a picture is computed of, before anything is drawn.

@@ -15,7 +15,7 @@ class KLora(Composition):
     """K-LoRA (Ouyang et al. 2025, https://arxiv.org/abs/2502.18461): the first adapter is the content, the second the style.
 
     A layer of the network has the content's change until a point of the steps of its own, and the style's from there on:
-    see `switching.measured`. A layer that one of both alone changes has that one all the time. A text encoder, which reads
+    see `switching.measured`. A layer where one of both alone acts has that one all the time. A text encoder, which reads
     the prompt once, has each for the share of the steps that it has in the network on the mean.
     """
 
@@ -42,7 +42,8 @@ class KLora(Composition):
         from .switching import measured  # imports torch
 
         content, style = acting
-        places = drawing.once((self.name, content, style), lambda: measured(drawing.adapters, content, style))
+        whole = drawing.once((self.name, content, style), lambda: measured(drawing.adapters, content, style))
+        places = whole.between(acting[content], acting[style])
         shares = {content: places.mean, style: 1 - places.mean}
         found = dict(cell.strengths)
         for name, first in ((content, True), (style, False)):

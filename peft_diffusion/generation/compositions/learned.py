@@ -11,7 +11,7 @@ from .declared import Composition, Drawing, used
 
 if TYPE_CHECKING:
     from ...core.learned_strengths import LearnedStrengths
-    from ...formats.composition import Composition as File
+    from ...formats.composition import CompositionSpec
     from ..sampler import Cell
 
 
@@ -52,7 +52,7 @@ class Learned(Composition):
         return found
 
 
-def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawing) -> list[str]:
+def members(file: "CompositionSpec", names: "Mapping[str, float | ByPart]", drawing: Drawing) -> list[str]:
     """Find the adapters of a composition among those on a base, by the digests of their files.
 
     Args:
@@ -75,7 +75,7 @@ def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawin
 
 
 def _over_steps(
-    file: "File", learned: "LearnedStrengths", cell: "Cell", drawing: Drawing
+    file: "CompositionSpec", learned: "LearnedStrengths", cell: "Cell", drawing: Drawing
 ) -> Sequence[Sequence[Sequence[float]]]:
     """What was learned, by adapter, block and step."""
     import torch

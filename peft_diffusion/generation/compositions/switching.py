@@ -1,7 +1,7 @@
 """Where in the steps each layer of a network changes from one adapter to another, by the rule of K-LoRA."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from ...bases import components, family
 from ...core.adapter import LowRank
 from ...core.errors import FoldError, UserError
 from ...core.slot import Slot, slot_of, walk
+from ...core.strength_schedule import ByPart
 from ...core.weight_change import Change, change_of, serves
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _RISE, _START = 1.5, 0.5  # alpha and beta of the paper: the style's weight goes from 0.5 to 2 over the steps
 _FAR = 3  # times the mean: a ratio of a layer above is left out of the mean
+_NEVER, _ALWAYS = 0.0, 2.0  # points at which the first adapter has no step, and all
 _ROWS = 1024  # of a change that are multiplied out at once
 
 
@@ -30,10 +32,32 @@ class Switching:
         layers: The point of the steps by layer, as strengths name it: at 0 or below the second adapter has all steps, above
             1 the first.
         encoders: The components that run before the steps, and that both adapters change.
+        network: The component that the layers are of.
     """
 
     layers: Mapping[str, float]
     encoders: tuple[str, ...]
+    network: str
+
+    def between(self, content: ByPart, style: ByPart) -> "Switching":
+        """Give the other all steps where one of both is off, as blocks and components of a strength say.
+
+        Args:
+            content: How much of the first adapter.
+            style: How much of the second.
+
+        Returns:
+            The points, and the components in which both act.
+        """
+        names = list(self.layers)
+        first, second = (amount.on(self.network, names) for amount in (content, style))
+        layers = {
+            layer: _NEVER if not first[layer] else _ALWAYS if not second[layer] else place
+            for layer, place in self.layers.items()
+        }
+        parts = [amount.components for amount in (content, style)]
+        carriers = tuple(one for one in self.encoders if all(own.get(one, 1.0) for own in parts))
+        return replace(self, layers=layers, encoders=carriers)
 
     @property
     def mean(self) -> float:
@@ -95,7 +119,7 @@ def measured(adapters: "Adapters", content: str, style: str) -> Switching:
     gamma = _gamma([first.whole / second.whole for pairs in both.values() for first, second in pairs])
     places = {name: median(_place(first, second, gamma) for first, second in pairs) for name, pairs in both.items()}
     carriers = [name for name, part in parts.items() if name != network and _carries(part, content, style)]
-    return Switching(places, tuple(carriers))
+    return Switching(places, tuple(carriers), network)
 
 
 def _place(content: Largest, style: Largest, gamma: float) -> float:

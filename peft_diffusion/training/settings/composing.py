@@ -2,9 +2,10 @@
 
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ...core.errors import UserError
+from ...core.learned_kinds import LEARNED_KINDS, explanation
 from ...core.settings import (
     COUNT,
     NATURAL,
@@ -22,8 +23,12 @@ from .captions import DATA
 from .choices import MissingCaptions, Precision
 from .shared import LEARNING, MACHINE, RESULT, adapter_path
 
-Kind: TypeAlias = Literal["strengths", "gates"]
-_RATES: dict[str, float] = {"strengths": 0.02, "gates": 0.01}
+if TYPE_CHECKING:
+    Kind: TypeAlias = str
+else:
+    Kind: TypeAlias = Literal[tuple(LEARNED_KINDS)]
+_RATES = " and ".join(f"{one.rate:g} for {one.name}" for one in LEARNED_KINDS.values())
+_BALANCES = " and ".join(f"{one.balance:g} for {one.name}" for one in LEARNED_KINDS.values() if one.balance is not None)
 
 
 @explained
@@ -54,21 +59,14 @@ class ComposeTrainConfig:
     base: str = setting(
         "icons", "The model: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id.", RESULT
     )
-    kind: Kind = setting(
-        "strengths",
-        "What is learned: a number for each adapter, block and quarter of the steps, the same for every prompt (strengths); "
-        "or a small router that gives each adapter its share by prompt and step (gates).",
-        LEARNING,
-    )
+    kind: Kind = setting("strengths", explanation(), LEARNING)
     steps: int = setting(100, "Number of steps.", LEARNING, COUNT)
-    lr: float | None = setting(
-        None, "The learning rate; by default 0.02 for strengths and 0.01 for gates.", LEARNING, POSITIVE
-    )
+    lr: float | None = setting(None, f"The learning rate; by default {_RATES}.", LEARNING, POSITIVE)
     batch_size: int = setting(4, "Pictures in a step, of all folders alike.", LEARNING, COUNT)
-    balance: float = setting(
-        0.001,
+    balance: float | None = setting(
+        None,
         "How much gates are kept from leaving an adapter unused, in the mean over prompts, blocks and steps; 0 leaves them "
-        "free. Strengths are always free.",
+        f"free. By default {_BALANCES}. Strengths are always free.",
         LEARNING,
         NATURAL,
     )
@@ -103,8 +101,12 @@ class ComposeTrainConfig:
                 f"there are {len(self.adapters)} adapters and {len(self.data)} folders of pictures; give --data for each"
                 " adapter, in the same order"
             )
-        if self.kind == "gates" and len(self.adapters) < 2:
-            raise UserError("gates share out between adapters; give two or more, or take --kind strengths")
+        kind = LEARNED_KINDS[self.kind]
+        if len(self.adapters) < kind.fewest:
+            usual = next(iter(LEARNED_KINDS))
+            raise UserError(f"{kind.name} share out between adapters; give {kind.fewest} or more, or take --kind {usual}")
+        if self.balance is not None and kind.balance is None:
+            raise UserError(f"--balance is for gates; {kind.name} are always free, so leave it away")
         if self.target.exists() and not self.overwrite:
             raise UserError(f"{self.target} is there already; choose another --output, or give --overwrite")
 
@@ -116,4 +118,9 @@ class ComposeTrainConfig:
     @property
     def rate(self) -> float:
         """The learning rate."""
-        return _RATES[self.kind] if self.lr is None else self.lr
+        return LEARNED_KINDS[self.kind].rate if self.lr is None else self.lr
+
+    @property
+    def balance_weight(self) -> float:
+        """The weight of the imbalance of the adapters in the loss; 0 where it has no part."""
+        return (LEARNED_KINDS[self.kind].balance or 0.0) if self.balance is None else self.balance

@@ -57,13 +57,13 @@ def acting_layers(pipe: Pipeline, names: Sequence[str]) -> dict[int, str]:
 class ComposingTask(DiffusionTask):
     """The loss of a pipeline whose adapters are weighed by what is learned; everything else is frozen.
 
-    In text encoders adapters have the strength that they are carried at. A loss of gates has their `imbalance` besides.
+    In text encoders adapters have the strength that they are carried at. ``balance`` adds their `imbalance` to the loss.
 
     Args:
         pipe: The pipeline, which carries the adapters.
         names: What they are called.
         kind: What is learned, of `KINDS`.
-        balance: The weight of the imbalance.
+        balance: The weight of the imbalance; 0 for kinds whose strengths are no shares.
         settings: How the loss is made.
         train: The pictures of all adapters.
         held_out: Pictures that are never trained on; None for none.
@@ -88,12 +88,13 @@ class ComposingTask(DiffusionTask):
         self._layers = torch.tensor(list(layers), device=self.device)
         self._held = torch.tensor([self.blocks.index(block) for block in layers.values()], device=self.device)
         self._given: Tensor | None = None
+        self._vectors = self._prompt_vectors()
         with global_seed(torch.device("cpu"), settings.seed, "composition"):
-            fresh = KINDS[kind].fresh(len(names), len(self.blocks), self._prompt_vectors())
+            fresh = KINDS[kind].fresh(len(names), len(self.blocks), self._vectors)
         self.learned: LearnedStrengths = fresh.to(self.device)
 
     def _prompt_vectors(self) -> Tensor:
-        """What is known of each prompt of the pictures, on the CPU."""
+        """What `pooled` gives for each prompt of the pictures once, (prompts, width), on the CPU."""
         if self.embeddings is None:
             raise ValueError("captions of a composition are fixed")
         prompts = list(dict.fromkeys(self.train.plain(self.settings.rules)))
@@ -127,7 +128,7 @@ class ComposingTask(DiffusionTask):
             A float32 scalar with gradients to what is learned.
         """
         found = super().loss(inputs)
-        if not (self.learned.reads_prompts and self.balance and self._given is not None):
+        if not self.balance or self._given is None:
             return found
         return found + self.balance * imbalance(self._given.permute(2, 0, 1))
 
@@ -156,7 +157,7 @@ class ComposingTask(DiffusionTask):
         Returns:
             The mean strength of each over blocks, noise levels and the prompts of the pictures, under ``mean_strengths``.
         """
-        vectors = self._prompt_vectors().to(self.device)
+        vectors = self._vectors.to(self.device)
         with torch.no_grad():
             levels = torch.linspace(0, 1, 8, device=self.device)
             given = [self.learned(vectors, level.expand(len(vectors))).mean((0, 2)) for level in levels]

@@ -25,6 +25,7 @@ from ...data import inpainting_masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
 from ...data.latents import LatentCache, TextCache, cache_text, ready
+from ...fast import frozen_ops
 from ..attachment import at_strength, evaluating
 from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
@@ -405,7 +406,7 @@ class DiffusionTask:
         chosen = list(range(len(self.train.latents.entries)))[: prediction.PICTURES] if entries is None else list(entries)
         cases = [(entry, place) for entry in chosen for place in prediction.places(self.powers.cpu())]
         found: list[prediction.Answers] = []
-        with self.evaluating(), self._base():
+        with self.evaluating(), self._base(), frozen_ops.in_torch():
             for number, (entry, place) in enumerate(cases):
                 mean, _ = self.train.latents.stack([entry])
                 latents = self.denoiser.scaled(mean.float())

@@ -38,6 +38,7 @@ from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.prompt_lines import read_prompts
 from ...data.prompts import instructions, refuse_files
+from ...fast import frozen_ops
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
 from ..drawing import Drawing, PreviewPrompt
@@ -339,6 +340,8 @@ def _loaded(
 ) -> Pipeline:
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
+    if config.cuda_graph:
+        frozen_ops.look_ahead(device)
     first = "cpu" if processes.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize, prediction=config.prediction)
     denoiser = denoiser_of(pipe)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .adapters import Adapters
 
 
-def met(
+def drawn(
     adapters: "Adapters",
     prompts: Mapping[str, Sequence[str]],
     seed: int,
@@ -29,7 +29,7 @@ def met(
     beside: Mapping[str, float | ByPart] | None = None,
     effects: Mapping[str, float] | None = None,
 ) -> Drawn:
-    """Draw with adapters, and see what they do.
+    """Draw with adapters, and see what each does and how nearly they go together.
 
     Args:
         adapters: Those on the base. They keep the strengths of the last picture.

@@ -1,0 +1,120 @@
+"""What happens in a library, as data. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ..core.events import Event, Noted
+from ..core.wording import number_of
+from .ranking import Found
+
+
+@dataclass(frozen=True)
+class Added(Event):
+    """What came of adding files.
+
+    Attributes:
+        library: The library's file.
+        total: How many adapters it has now.
+        added: New ones.
+        changed: Those whose file, or what stands beside it, is another than before.
+        moved: From where, by where they are now.
+        unchanged: How many are as they were.
+        copies: Files with the bytes of another that is there, which are not added, and that other.
+        left_out: Files that are none that can be added, and why.
+        gone: Those of the folders that were gone through whose files are not there any more. They stay in the library.
+        embedded: How many were embedded.
+        encoder: By what; "none" for words alone.
+        sees: Whether pictures were embedded too.
+        notes: What of the files was not read, and why.
+    """
+
+    library: Path
+    total: int
+    added: tuple[Path, ...]
+    changed: tuple[Path, ...]
+    moved: dict[Path, Path]
+    unchanged: int
+    copies: dict[Path, Path]
+    left_out: tuple[tuple[Path, str], ...]
+    gone: tuple[Path, ...]
+    embedded: int
+    encoder: str
+    sees: bool
+    notes: tuple[str, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell it to a person."""
+        counts = {"added": self.added, "changed": self.changed, "moved": self.moved}
+        told = [f"{len(several)} {what}" for what, several in counts.items() if several]
+        told += [f"{self.unchanged} unchanged"] if self.unchanged else []
+        lines = [f"{self.library}: {', '.join(told) or 'nothing new'}; {number_of(self.total, 'adapter')} in all"]
+        lines += [f"moved: {now} (was {before})" for now, before in self.moved.items()]
+        lines += [f"not added: {path} has the same bytes as {other}" for path, other in self.copies.items()]
+        lines += [f"not added: {path} {why}" if why[:1].islower() else f"not added: {why}" for path, why in self.left_out]
+        lines += [f"missing: {path} is not there any more; library remove takes it out" for path in self.gone]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.embedded:
+            pictures = "" if self.sees else "; it sees no pictures, so that these count for nothing"
+            lines.append(f"{number_of(self.embedded, 'adapter')} embedded by {self.encoder}{pictures}")
+        return tuple(lines)
+
+
+@dataclass(frozen=True)
+class Chosen(Noted):
+    """Adapters were chosen for a prompt.
+
+    Attributes:
+        message: All of it in words.
+        written: The prompt as it was written.
+        prompt: As it is drawn, with the triggers that were added.
+        found: The adapters, the best first.
+        added: The triggers that were added.
+        others: How many were left out because they do not fit the base.
+        notes: What was left out otherwise, and why.
+    """
+
+    written: str
+    prompt: str
+    found: tuple[Found, ...]
+    added: tuple[str, ...]
+    others: int
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        written: str,
+        prompt: str,
+        found: Sequence[Found],
+        added: Sequence[str],
+        others: int,
+        notes: Sequence[str],
+    ) -> Self:
+        """Say what was chosen.
+
+        Args:
+            written: See the attributes, as for all that follow.
+            prompt: See there.
+            found: See there.
+            added: See there.
+            others: See there.
+            notes: See there.
+
+        Returns:
+            The event, with its message.
+        """
+        lines = [f'for "{written}" {one.strength:g} of {one.line()}' for one in found]
+        if not found:
+            lines.append(f'for "{written}" no adapter of the library is meant')
+        if others:
+            lines.append(f"{others} more would be found, but do not fit the base, or do not tell theirs")
+        lines += notes
+        if added:
+            lines.append(f'added to the prompt: {", ".join(added)}; it is now "{prompt}"')
+        return cls("\n".join(lines), written, prompt, tuple(found), tuple(added), others, tuple(notes))
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell it to a person."""
+        return tuple(self.message.splitlines())
