@@ -68,3 +68,49 @@ def test_what_fails_on_the_way_leaves_the_file_that_was_there(tmp_path: Path) ->
         container.write_each(file, forms, {"a": torch.ones(2), "b": torch.ones(2)}.__getitem__, {})
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+HEADERS = {
+    "as everybody": f'{{"__metadata__":{{"x":"1"}},{ENTRY}}}    ',
+    "with spaces": f'{{ "__metadata__" : {{"x":"1"}} , {ENTRY} }}',
+    "metadata behind": f'{{{ENTRY},"__metadata__":{{"x":"1"}}}}',
+    "metadata twice": f'{{"__metadata__":{{"x":"2"}},{ENTRY},"__metadata__":{{"x":"1"}}}}',
+    "metadata twice, once in escapes": f'{{"__metadata__":{{"x":"2"}},{ENTRY},"\\u005f_metadata__":{{"x":"1"}}}}',
+}
+
+
+def written(file: Path, header: str, data: bytes = struct.pack("<2f", 1, 2)) -> Path:
+    head = header.encode()
+    file.write_bytes(struct.pack("<Q", len(head)) + head + data)
+    return file
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_says_the_same_before_and_after_one_of_its_shape(case: str, tmp_path: Path) -> None:
+    for number in range(2):
+        read = container.read_header(written(tmp_path / f"{number}.safetensors", HEADERS[case]))
+        assert dict(read.metadata) == {"x": "1"} and list(read.tensors) == ["a"]
+        assert container.read_tensors(read)["a"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [f'{{"__metadata__":{{"x":"1"}},{ENTRY},}}', '{"__metadata__":{"x":"1"},}', f'{{"__metadata__":{{"x":1}},{ENTRY}}}'],
+)
+def test_a_damaged_header_is_refused_also_after_a_whole_one_of_its_shape(header: str, tmp_path: Path) -> None:
+    container.read_header(written(tmp_path / "whole.safetensors", HEADERS["as everybody"]))
+    with pytest.raises(UserError, match="is no safetensors file"):
+        container.read_header(written(tmp_path / "one.safetensors", header))
+
+
+def test_what_a_header_does_not_tell_is_looked_at_in_each_file_of_its_shape(tmp_path: Path) -> None:
+    whole = HEADERS["as everybody"]
+    container.read_header(written(tmp_path / "whole.safetensors", whole))
+    with pytest.raises(UserError, match="is truncated"):
+        container.read_header(written(tmp_path / "short.safetensors", whole, b"1234"))
+    with pytest.raises(UserError, match="4 bytes belong to no tensor"):
+        container.read_header(written(tmp_path / "long.safetensors", whole, b"123456781234"))
+    damaged = container.read_header(written(tmp_path / "nan.safetensors", whole, struct.pack("<2f", 1, float("nan"))))
+    with pytest.raises(UserError, match="tensor a holds NaN"):
+        container.read_tensors(damaged)

@@ -231,3 +231,43 @@ def test_pairs_of_a_file_go_to_a_device_with_one_copy(dtype: torch.dtype, monkey
         other = pair.matrices()
         assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up) and one.scale == other.scale
         assert one.down.data_ptr() != other.down.data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "pickle"])
+def test_a_second_file_of_a_shape_is_looked_at_as_the_first(files: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "own")
+    tensors = load_file(files["b"])
+    down = next(name for name in tensors if name.endswith("lora_down.weight"))
+    alpha = down.replace("lora_down.weight", "alpha")
+    end = "pt" if layout == "pickle" else "safetensors"
+
+    def saved(changed: dict[str, torch.Tensor]) -> Path:
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.{end}"
+        (torch.save if layout == "pickle" else save_file)({**tensors, **changed}, file)
+        return file
+
+    bad = torch.full_like(tensors[down], float("nan"))
+    with pytest.raises(UserError, match="holds NaN"):
+        adapters.swap("own", saved({down: bad}))
+    with pytest.raises(UserError, match=r"alpha of .* is NaN or infinite"):
+        adapters.swap("own", saved({alpha: torch.full_like(tensors[alpha], float("inf"))}))
+    adapters.swap("own", saved({name: 0 * one for name, one in tensors.items() if name.endswith("alpha")}))
+    assert close(drawn(pipe), alone(saved({n: 4 + 0 * one for n, one in tensors.items() if n.endswith("alpha")}), 1.0))
+    assert all(slot.adapters.stored("own") is not None for slot in site.slots(pipe.unet).values())
+
+
+def test_a_module_that_took_the_place_of_another_is_looked_at(files: dict[str, Path]) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "own")
+    adapters.remove("own")
+    path = next(path for path, one in pipe.unet.named_modules() if path.endswith("attn1.to_q"))
+    layer = pipe.unet.get_submodule(path)
+    pipe.unet.set_submodule(path, torch.nn.Linear(layer.in_features + 1, layer.out_features, bias=False))
+    with pytest.raises(UserError, match="do not fit a Linear"):
+        adapters.load(files["b"], "own")
+    pipe.unet.set_submodule(path, torch.nn.Linear(layer.in_features, layer.out_features, bias=False))
+    adapters.load(files["b"], "own")
+    assert site.slots(pipe.unet)[path].adapters.stored("own") is not None

@@ -467,10 +467,13 @@ def parts_of(adapter: Adapter) -> list[Adapter]:
 class AdapterDict(nn.Module):
     """The adapters of one site, in the order of attachment. Those that a file holds are built when they are asked for."""
 
+    _stored: dict[str, StoredPair]  # of those that are not built; they have a place among the modules too
+    _site: tuple[Site, ...]  # in a tuple, so that the site is no child of its own child
+
     def __init__(self) -> None:
         super().__init__()
-        self._stored: dict[str, StoredPair] = {}  # of those that are not built; they have a place among the modules too
-        self._site: tuple[Site, ...] = ()  # in a tuple, so that the site is no child of its own child
+        # Not by nn.Module.__setattr__, which looks through all kinds of members each time: a network has hundreds of sites.
+        vars(self).update(_stored={}, _site=())
 
     def store(self, name: str, pair: StoredPair, site: Site) -> None:
         """Take an adapter that is not built yet.
@@ -483,7 +486,7 @@ class AdapterDict(nn.Module):
         self._modules[name] = None
         self._stored[name] = pair
         if not self._site:
-            vars(self)["_site"] = (site,)  # nn.Module looks through all kinds of members, which is slow for so many sites
+            vars(self)["_site"] = (site,)  # as in __init__
 
     def exchange(self, name: str, pair: StoredPair) -> None:
         """Put another pair in the place of one that is not built yet.

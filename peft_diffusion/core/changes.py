@@ -7,7 +7,8 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -35,35 +36,47 @@ def one_at_a_time(change: Callable[_Given, _Result]) -> Callable[_Given, _Result
     return waiting
 
 
-class _Walks(threading.local):
-    """Of the change that this thread is making."""
+@dataclass
+class Seen:
+    """What was found in components since a change began, which asks several times.
 
-    known: dict[nn.Module, list[tuple[str, nn.Module]]] | None = None
+    Attributes:
+        modules: Paths and modules by the component. A change moves none.
+        states: What components carry; forgotten whenever a module gets a slot or loses it.
+    """
+
+    modules: dict[nn.Module, list[tuple[str, nn.Module]]] = field(default_factory=dict)
+    states: dict[nn.Module, Any] = field(default_factory=dict)
 
 
-_walks = _Walks()
+class _Changes(threading.local):
+    """The change that this thread is making."""
+
+    seen: Seen | None = None
 
 
-def walks() -> dict[nn.Module, list[tuple[str, nn.Module]]] | None:
-    """Give the modules that were found in components since the present change began. A change moves none of them, and asks
-    several times.
+_changes = _Changes()
+
+
+def seen() -> Seen | None:
+    """Give what the present change has seen, to be looked up and added to.
 
     Returns:
-        Paths and modules by the component, to be looked up and added to; None where no change is being made.
+        That; None where no change is being made.
     """
-    return _walks.known
+    return _changes.seen
 
 
 @contextmanager
 def _looking() -> Iterator[None]:
-    if _walks.known is not None:  # within another change
+    if _changes.seen is not None:  # within another change
         yield
         return
-    _walks.known = {}
+    _changes.seen = Seen()
     try:
         yield
     finally:
-        _walks.known = None
+        _changes.seen = None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from . import targets
+from . import changes, targets
 from .adapter import Adapter, AdapterDict, Pair, StoredPair, chained
 from .changes import one_at_a_time
 from .component import ComponentState
@@ -96,7 +96,12 @@ def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
         module: Any module of a base.
         cls: The class.
     """
-    module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls
+    _turn(module, _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls)
+
+
+def _turn(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap a class. nn.Module.__setattr__ would first look for parameters and modules of that name."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:
@@ -297,7 +302,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
             else:
                 slot.held[name] = adapter.to(_device(module, component)).train(module.training)
                 adapter.bind(module)
-            slot.run_as(None)
+            slot.run_as(None, slot.place)
     except BaseException:
         _take_off(component, state, name)
         raise
@@ -462,8 +467,7 @@ def _pack(component: nn.Module, carriers: Mapping[str, AdaptedSite], exchanged: 
         unpack(component)
         raise
     for (slot, _), place in zip(new, places, strict=True):
-        slot.place = place
-        slot.run_as(Packed(state.slab, place))
+        slot.run_as(Packed(state.slab, place), place)
 
 
 def _wanted(
@@ -505,7 +509,7 @@ def _wanted(
             new.append((slot, Wanted(path.rpartition(".")[0], shape, dtype, names, pairs)))
         else:
             there[place] = Wanted("", (), dtype, names, pairs)
-            slot.run_as(packed or Packed(slab, place))
+            slot.run_as(packed or Packed(slab, place), place)
     return there, new
 
 
@@ -536,8 +540,7 @@ def _unpack(slot: Slot) -> None:
     """Run every adapter of a site by itself, and give its part of the slab up."""
     if slot.place is not None:
         slot.component.slab.vacate([slot.place])
-    slot.place = None
-    slot.run_as(None)
+    slot.run_as(None, None)
 
 
 def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
@@ -556,17 +559,25 @@ def unpack(component: nn.Module) -> None:
 
 
 def _swap(module: nn.Module, state: ComponentState, block: int) -> Slot:
-    module.__class__ = _adapted(cast(Hashable, type(module)))
+    _turn(module, _adapted(cast(Hashable, type(module))))
     slot = Slot(state, block)
     for one in (slot, slot.held):
         vars(one)["training"] = module.training  # what `train` would take ten times as long for
     module._modules[SLOT] = slot  # not add_module, which a class of others may have made its own
+    _forget_states()
     return slot
+
+
+def _forget_states() -> None:
+    seen = changes.seen()
+    if seen is not None:
+        seen.states.clear()
 
 
 def _restore(site: AdaptedSite) -> None:
     del site._modules[SLOT]
-    site.__class__ = base_class(site)  # type: ignore[assignment]
+    _turn(site, base_class(site))
+    _forget_states()
 
 
 def refuse_wrapped(path: str, module: nn.Module) -> None:

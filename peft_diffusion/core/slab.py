@@ -441,18 +441,21 @@ def _is_there(flat: Tensor, device: torch.device) -> bool:
 def _copied(pairs: Sequence[StoredPair], device: torch.device) -> dict[int, tuple[Tensor, int]]:
     """The flat tensors of pairs on a device, as far as pairs lie there, and what to add to a place in the first to have it
     in the storage of the other; by the address of the first."""
-    ends: dict[int, tuple[Tensor, int, int]] = {}
+    ends: dict[int, list[tuple[int, int]]] = {}
+    flats: dict[int, Tensor] = {}
     for pair in pairs:
-        form = pair.form
-        for (flat, start), size in ((pair.down, math.prod(form.down_shape)), (pair.up, math.prod(form.up_shape))):
-            _, first, last = ends.get(id(flat), (flat, start, 0))
-            ends[id(flat)] = flat, min(first, start), max(last, start + size)
+        for (flat, start), shape in ((pair.down, pair.form.down_shape), (pair.up, pair.form.up_shape)):
+            key = id(flat)
+            if key not in flats:
+                flats[key], ends[key] = flat, []
+            ends[key].append((start, math.prod(shape)))
     found = {}
-    for key, (flat, first, last) in ends.items():
+    for key, flat in flats.items():
         if _is_there(flat, device):
             found[key] = flat, int(flat.storage_offset())
         else:
-            copy = flat[first:last].to(device, non_blocking=True)
+            first, (last, size) = min(ends[key])[0], max(ends[key])
+            copy = flat[first : last + size].to(device, non_blocking=True)
             found[key] = copy, int(copy.storage_offset()) - first
     return found
 

@@ -93,13 +93,14 @@ class Slot(nn.Module):
         """``adapters``, several times faster, for what goes through all sites."""
         return cast(AdapterDict, self._modules["adapters"])
 
-    def run_as(self, packed: Packed | None) -> None:
+    def run_as(self, packed: Packed | None, place: int | None) -> None:
         """Run the adapters as one pair, or each by itself.
 
         Args:
             packed: The pair; None for none.
+            place: The place of the site in the slab; None for none.
         """
-        vars(self)["packed"] = packed  # as in __init__
+        vars(self).update(packed=packed, place=place)  # as in __init__
 
     @property
     def strengths(self) -> Strengths:
@@ -299,12 +300,12 @@ def walk(component: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Returns:
         Paths, "" for the component itself, and modules.
     """
-    known = changes.walks()
-    if known is None:
+    seen = changes.seen()
+    if seen is None:
         return iter(_found(component))
-    found = known.get(component)
+    found = seen.modules.get(component)
     if found is None:
-        found = known[component] = _found(component)
+        found = seen.modules[component] = _found(component)
     return iter(found)
 
 
@@ -321,7 +322,7 @@ def _found(component: nn.Module) -> list[tuple[str, nn.Module]]:
         if held:
             start = f"{path}." if path else ""
             for name, child in reversed(held.items()):
-                if child is not None and not isinstance(child, Slot):
+                if child is not None and (name != SLOT or not isinstance(child, Slot)):
                     waiting.append((start + name, child))
     return found
 
@@ -335,6 +336,16 @@ def state_of(component: nn.Module) -> ComponentState | None:
     Returns:
         Its state; None where it carries no adapter.
     """
+    seen = changes.seen()
+    if seen is None:
+        return _state(component)
+    if component not in seen.states:
+        seen.states[component] = _state(component)
+    found: ComponentState | None = seen.states[component]
+    return found
+
+
+def _state(component: nn.Module) -> ComponentState | None:
     waiting = [component]
     while waiting:  # in no order: all slots of a component have the same
         held = waiting.pop()._modules

@@ -409,8 +409,6 @@ class _Form:
     Attributes:
         path: Of the site.
         form: Of the pair.
-        module: The site, which the form was found for.
-        kind: Its class without adapters.
         down: Where ``down`` is.
         up: Where ``up`` is.
         alpha: Which of the numbers in tensors is the pair's; None for none.
@@ -418,8 +416,6 @@ class _Form:
 
     path: str
     form: PairForm
-    module: "weakref.ref[nn.Module]"
-    kind: type[nn.Module]
     down: tuple[int, int]
     up: tuple[int, int]
     alpha: int | None
@@ -427,17 +423,20 @@ class _Form:
 
 @dataclass(frozen=True)
 class _Forms:
-    """The pairs that stay as a file holds them, by component, and where the numbers are that scales are made of."""
+    """The pairs that stay as a file holds them, by component, and where the numbers are that scales are made of.
+
+    They were found for these modules, by component and path, each with its class without adapters.
+    """
 
     sites: Mapping[str, Sequence[_Form]]
     numbers: Sequence[tuple[int, int]]
+    modules: "Sequence[tuple[str, str, weakref.ref[nn.Module], type[nn.Module]]]"
 
     def hold(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> bool:
         """Whether these are still the modules that they were found for."""
         return all(
-            (module := modules[component].get(one.path)) is one.module() and isinstance(module, one.kind)
-            for component, own in self.sites.items()
-            for one in own
+            (module := modules[component].get(path)) is known() and isinstance(module, kind)
+            for component, path, known, kind in self.modules
         )
 
     def pairs(self, flats: Sequence[Tensor]) -> dict[str, dict[str, StoredPair]]:
@@ -526,8 +525,11 @@ class Bound:
         """Find the pairs among what a header tells of tensors."""
         found: dict[str, list[_Form]] = {}
         numbers: list[tuple[int, int]] = []
+        seen: list[tuple[str, str, weakref.ref[nn.Module], type[nn.Module]]] = []
         for (component, path), site in self.sites.items():
             names, module = site.plan.simple, modules[component].get(path)
+            if module is not None:
+                seen.append((component, path, weakref.ref(module), sites.base_class(module)))
             if names is None or module is None or isinstance(getattr(module, "base_layer", None), nn.Module):
                 continue
             own = {suffix: told[name] for suffix, name in names.items()}
@@ -538,9 +540,8 @@ class Bound:
             if form.alpha is not None:
                 numbers.append(places[names[form.alpha]])
             down, up = places[names[form.down]], places[names[form.up]]
-            kind = sites.base_class(module)
-            found.setdefault(component, []).append(_Form(path, form, weakref.ref(module), kind, down, up, alpha))
-        return _Forms(found, numbers)
+            found.setdefault(component, []).append(_Form(path, form, down, up, alpha))
+        return _Forms(found, numbers, seen)
 
     @property
     def warnings(self) -> tuple[str, ...]:
