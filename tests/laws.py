@@ -183,7 +183,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# Daily work sees a form of each method on one component, and LoRA on all, in float32; CI sees the others and the halves, too.
+# Daily work sees a form of each method on one component, and LoRA on all, in float32; CI sees the others and the halves too.
 _FORMS = {type(method): name for name, (method, _) in reversed(METHODS.items())}
 _FIRST = {name: component for name, component, _ in reversed(CASES) if name in _FORMS.values()}
 DAILY = {one for one in CASES if one[2] == "float32" and (one[0] == "lora" or _FIRST.get(one[0]) == one[1])}
