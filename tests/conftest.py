@@ -76,9 +76,18 @@ def _copies(make: "Callable[..., DiffusionPipeline]", *options: int | str) -> "C
     return Copies(partial(make, *options))
 
 
+def _copied(make: "Callable[..., DiffusionPipeline]", *options: int | str) -> "DiffusionPipeline":
+    """A copy with tokenizers of its own, made anew: in a pickle they lose how they make text of tokens."""
+    pipe = _copies(make, *options).copy()
+    for name in pipe.components:
+        if name.startswith("tokenizer"):
+            setattr(pipe, name, tiny_tokenizer())
+    return pipe
+
+
 def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
-    return _copies(_build_pipe, seed, prediction_type, width, in_channels).copy()
+    return _copied(_build_pipe, seed, prediction_type, width, in_channels)
 
 
 def _build_pipe(seed: int, prediction_type: str, width: int, in_channels: int) -> "DiffusionPipeline":
@@ -126,7 +135,7 @@ def _build_pipe(seed: int, prediction_type: str, width: int, in_channels: int) -
 
 def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionXLPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
-    return _copies(_build_xl_pipe, seed, prediction_type, in_channels).copy()
+    return _copied(_build_xl_pipe, seed, prediction_type, in_channels)
 
 
 def _build_xl_pipe(seed: int, prediction_type: str, in_channels: int) -> "DiffusionPipeline":

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, CLIPTextModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from ..bases import fingerprint
 from ..bases.loading import is_hub_id, quiet
+from ..bases.readers import load_reader
 from ..core.errors import UserError, first_line
 from ..core.files import at_home, if_address
 from .encoder import REFERENCE, Array, Encoder, floor_of, unit
@@ -84,8 +85,7 @@ class _Reads:
         self.floor = floor_of(self.texts(REFERENCE))
 
     def _parts(self, source: str, local: bool) -> tuple[Any, Any]:
-        model = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", local_files_only=local)
-        return model, AutoTokenizer.from_pretrained(source, subfolder="tokenizer", local_files_only=local)
+        return load_reader(source, local)
 
     def texts(self, texts: Sequence[str]) -> Array:
         return unit(self._raw(texts) - self._common)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..bases.embedded import ICONS, embedded
-from ..core.parsing import refusing
+from ..bases.embedded import ICONS
+from ..bases.readers import embedded_words
 from .encoder import REFERENCE, Array, Encoder, floor_of, unit
 from .terms import terms_of
 
@@ -28,15 +28,8 @@ class WordVectors(Encoder):
     scale = 0.0
 
     def __init__(self) -> None:
-        from safetensors import safe_open
-        from tokenizers import Tokenizer
-
-        folder = embedded("base")
-        with refusing(f"{folder} cannot be read; install peft_diffusion again"):
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-            with safe_open(folder / "text_encoder" / "model.safetensors", "numpy") as file:
-                table: Array = file.get_tensor("embeddings.token_embedding.weight").astype(np.float32)
-        self._table = table
+        self._tokenizer, table = embedded_words()
+        self._table: Array = table
         self.fingerprint = hashlib.sha256(table.tobytes()).hexdigest()[:16]
         self._common = np.zeros(table.shape[1], np.float32)
         self._common = self._means(REFERENCE).mean(0)
