@@ -12,7 +12,7 @@ from typing import Self
 from ..bases.embedded import ICONS
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Never, Noted, Observer, Observers, Progress, Stop, check_stop
-from ..core.files import at_home
+from ..core.files import at_home, stamp_of
 from ..data.captions import check_trigger, with_trigger
 from .embedding import embedded_entry
 from .encoder import Encoder
@@ -324,8 +324,8 @@ class _Taken:
         """The entry of a file, and the number of the one that it replaces; None where nothing is to be written."""
         row = self.rows.get(path)
         try:
-            status = path.stat()
-            same = row is not None and (status.st_size, status.st_mtime_ns) == (row.size, row.modified)
+            size, modified, _ = stamp_of(path)
+            same = row is not None and (size, modified) == (row.size, row.modified)
             if row is not None and same and beside_of(path) == row.beside:
                 self._unchanged += 1
                 return None
@@ -426,7 +426,7 @@ def _meant(path: Path) -> Path:
 
 
 def _below(path: Path, folders: Iterable[Path]) -> bool:
-    return any(folder == path or folder in path.parents for folder in folders)
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _named(name: str, known: dict[int, Entry]) -> dict[int, Entry]:
