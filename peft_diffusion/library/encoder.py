@@ -150,5 +150,4 @@ def near_pictures(encoder: Encoder, cosines: Array, offsets: Array) -> Array:
     return made
 
 
-KINDS: tuple[Kind, ...] = ("text", "caption", "picture")
 _OF_CAPTIONS, _OF_PICTURES = 0.6, 0.8

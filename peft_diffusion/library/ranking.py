@@ -20,7 +20,7 @@ import numpy as np
 from ..core.shortening import brief
 from .encoder import Array, Encoder, caption_weights, near_pictures, near_texts
 from .entries import Entry
-from .fits import Wanted, misfit
+from .fits import Wanted, fits
 from .terms import terms_of
 from .words import COLUMNS, Index
 
@@ -119,20 +119,19 @@ class Snapshot:
         """The embeddings of all."""
         return Embedded.read(self._store, self.places)
 
-    def misfits(self, wanted: Wanted | None) -> tuple[Array, dict[int, str]]:
-        """Find the adapters that do not fit a base.
+    def fitting(self, wanted: Wanted | None) -> Array:
+        """Find the adapters that fit a base.
 
         Args:
             wanted: The base; None for any.
 
         Returns:
-            Whether each fits, and by kind of misfit the reason.
+            (adapters,), whether each fits.
         """
         if wanted is None:
-            return np.ones(len(self.places), bool), {}
-        reasons = {number: misfit(text, wanted) for number, text in enumerate(self._fits)}
-        good = np.array([not reasons[number] for number in range(len(self._fits))], bool)
-        return good[self._fit] if len(good) else np.ones(0, bool), reasons
+            return np.ones(len(self.places), bool)
+        found: Array = np.array([fits(text, wanted) for text in self._fits], bool)[self._fit]
+        return found
 
     def called(self, terms: Sequence[str]) -> Array:
         """Find the adapters that a prompt calls.
@@ -301,19 +300,18 @@ class Ranking:
         """
         good = np.flatnonzero(self.fitting & (self.scores >= least))
         if len(good) > count:
-            # Rounded, so that what is equal but for its last bits keeps its order.
+            # Sorts what can be among the best alone; all that equal the last of them can.
             edge = np.partition(self.scores[good], len(good) - count)[len(good) - count]
             good = good[self.scores[good] >= edge]
         order = np.argsort(-self.scores[good], kind="stable")[:count]
         return [int(place) for place in good[order]]
 
-    def found(self, places: Sequence[int], store: "Store", check: bool = True) -> list[Found]:
+    def found(self, places: Sequence[int], store: "Store") -> list[Found]:
         """Say what is known of adapters, and why they are found.
 
         Args:
             places: Theirs.
             store: The library.
-            check: Whether to see if their files are still there.
 
         Returns:
             One each, in that order.
@@ -325,7 +323,7 @@ class Ranking:
             entry = entries[number]
             told = float(self.scores[place]), float(self.words[place]), float(self.meaning[place]), bool(self.called[place])
             because = self._because(place, number, entry, columns[number], store)
-            made.append(Found(entry, *told, because, entry.status() if check else ""))
+            made.append(Found(entry, *told, because, entry.status()))
         return made
 
     def _because(self, place: int, number: int, entry: Entry, columns: Sequence[str], store: "Store") -> tuple[str, ...]:
@@ -370,13 +368,12 @@ def rank(snapshot: Snapshot, text: str, wanted: Wanted | None, encoder: Encoder 
         What each answers.
     """
     terms = terms_of(text)
-    fitting, _ = snapshot.misfits(wanted)
     by_words = snapshot.index.scores(terms)
     near: Array = np.zeros(len(snapshot.places), np.float32)
     each: tuple[Array, Array] = near[:0], near[:0]
     if encoder is not None and terms:
         near, each = snapshot.vectors.near(encoder, text, len(snapshot.places))
-    return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, fitting)
+    return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, snapshot.fitting(wanted))
 
 
 def _holds(terms: Sequence[str], part: Sequence[str]) -> bool:

@@ -51,7 +51,7 @@ class Vectors(NamedTuple):
     """The embeddings of an adapter.
 
     Attributes:
-        labels: Of each: what kind it is of, what was embedded, and a number that belongs to it; see `encoder.KINDS`.
+        labels: Of each: what kind it is of, what was embedded, and a number that belongs to it; see `encoder.Kind`.
         data: (count, width), float16.
     """
 
@@ -274,7 +274,7 @@ class Store:
 def _fits(entry: Entry) -> str:
     """What decides whether it fits a base; the same text for entries that are alike in it."""
     told = {key: entry.base.get(key, "") for key in ("name", "fingerprint", "prediction_type")}
-    return json.dumps([entry.families, told, entry.made_for], sort_keys=True)
+    return json.dumps([entry.families, told], sort_keys=True)
 
 
 def _calls(entry: Entry) -> str:
