@@ -20,9 +20,9 @@ from .encoders import NONE, encoder_of, refuse_other
 from .entries import Entry, beside_of, files_in, read_entry
 from .events import Added, Chosen
 from .fits import Wanted, named
-from .ranking import LEAST, Found, Ranking, Snapshot, call_of, rank
+from .ranking import LEAST, Found, Ranking, Snapshot, rank
 from .store import Row, Store, usual_place
-from .terms import terms_of
+from .terms import call_of, terms_of
 
 _AT_ONCE = 64  # files that are written together: what was read is not lost where it is stopped
 
@@ -393,10 +393,11 @@ def with_triggers(prompt: str, found: Sequence[Found], notes: list[str]) -> tupl
     said = set(terms_of(prompt))
     for place, one in reversed(list(enumerate(found))):
         trigger = one.entry.trigger
-        if not trigger or said.issuperset(term for part in call_of(trigger) for term in part):
+        words = [word for part in call_of(trigger) for word in part]
+        if not trigger or said.issuperset(words):
             continue
         if place and "{}" in trigger:
-            trigger = " ".join(word for part in call_of(trigger) for word in part)
+            trigger = " ".join(words)
         try:
             check_trigger(trigger)
         except UserError as error:

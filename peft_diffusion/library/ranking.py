@@ -21,7 +21,7 @@ from ..core.shortening import brief
 from .encoder import Array, Encoder, caption_weights, near_pictures, near_texts
 from .entries import Entry
 from .fits import Wanted, fits
-from .terms import terms_of
+from .terms import call_of, calls, terms_of
 from .words import COLUMNS, Index
 
 if TYPE_CHECKING:
@@ -73,20 +73,6 @@ class Found:
     def line(self) -> str:
         """Tell it in one line."""
         return f"{self.entry.name} ({self.score:.2f}): {'; '.join(self.because)}"
-
-
-def call_of(trigger: str) -> list[list[str]]:
-    """Tell what a prompt has to hold to call an adapter.
-
-    Args:
-        trigger: One of its triggers, perhaps with ``{}`` for the caption. Of a list with commas the first is what calls it,
-            and the others say what else it shows.
-
-    Returns:
-        The terms of each part; nothing for a trigger without any.
-    """
-    parts = trigger.split("{}") if "{}" in trigger else [trigger.split(",")[0]]
-    return [list(terms) for part in parts if (terms := terms_of(part))]
 
 
 class Snapshot:
@@ -145,7 +131,7 @@ class Snapshot:
         found = np.zeros(len(self.places), bool)
         for term in dict.fromkeys(terms):
             for place, parts in self._calls.get(term, ()):
-                found[place] = found[place] or all(_holds(terms, part) for part in parts)
+                found[place] = found[place] or calls(terms, parts)
         return found
 
 
@@ -329,9 +315,7 @@ class Ranking:
     def _because(self, place: int, number: int, entry: Entry, columns: Sequence[str], store: "Store") -> tuple[str, ...]:
         reasons = []
         if self.called[place]:
-            own = (
-                one for one in entry.triggers if (call := call_of(one)) and all(_holds(self.terms, part) for part in call)
-            )
+            own = (one for one in entry.triggers if (parts := call_of(one)) and calls(self.terms, parts))
             said = " ".join(next(own, entry.trigger).replace("{}", " ").split())
             reasons.append(f'the prompt has its trigger "{said}"')
         left = list(dict.fromkeys(self.terms))
@@ -374,9 +358,3 @@ def rank(snapshot: Snapshot, text: str, wanted: Wanted | None, encoder: Encoder 
     if encoder is not None and terms:
         near, each = snapshot.vectors.near(encoder, text, len(snapshot.places))
     return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, snapshot.fitting(wanted))
-
-
-def _holds(terms: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether terms stand one after the other among others."""
-    width = len(part)
-    return any(list(terms[start : start + width]) == list(part) for start in range(len(terms) - width + 1))

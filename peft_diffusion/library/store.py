@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.errors import UserError
 from ..core.files import at_home
 from .entries import Entry
+from .terms import call_of
 from .words import COLUMNS
 
 if TYPE_CHECKING:
@@ -279,6 +280,4 @@ def _fits(entry: Entry) -> str:
 
 def _calls(entry: Entry) -> str:
     """The words that call it, for each of the ways the parts that a prompt has to hold."""
-    from .ranking import call_of
-
     return json.dumps([call for trigger in entry.triggers if (call := call_of(trigger))])
