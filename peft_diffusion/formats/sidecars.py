@@ -17,6 +17,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import regular
 from ..core.parsing import json_value, number, refusing
+from ..core.shortening import in_one_line
 from .origin import shared_as
 
 _MOST_BYTES = 2**22  # of a file
@@ -169,5 +170,4 @@ def _text(value: object) -> str:
     """A text in one line, without markup and what cannot be shown; "" for what is none."""
     if not isinstance(value, str):
         return ""
-    plain = html.unescape(_MARKUP.sub(" ", value[: 4 * _LONGEST]))
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in plain).split())[:_LONGEST]
+    return in_one_line(html.unescape(_MARKUP.sub(" ", value[: 4 * _LONGEST])))[:_LONGEST]
