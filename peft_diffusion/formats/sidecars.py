@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import regular
+from ..core.files import refuse_larger
 from ..core.parsing import json_value, number, refusing
 from ..core.shortening import in_one_line
 from .origin import shared_as
@@ -107,9 +107,7 @@ def read_sidecars(path: Path) -> Sidecar:
 
 def _read(path: Path) -> Sidecar:
     """What one file says. Raises UserError."""
-    size = regular(path).stat().st_size
-    if size > _MOST_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, and such files have at most {_MOST_BYTES:,}: it is not read")
+    refuse_larger(path, _MOST_BYTES, "such files")
     with refusing(f"{path} is not read"):
         told = json_value(path.read_bytes())
         if not isinstance(told, dict):
