@@ -1,7 +1,6 @@
 """CLIP and DINOv2 as judges, loaded through transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, Dinov2Model
 from transformers.utils import logging as transformers_logging
 
-from ..bases.loading import is_hub_id, pick_device, pick_dtype, quiet
+from ..bases.loading import model_place, pick_device, pick_dtype, quiet
 from ..core.errors import UserError, first_line
-from ..core.files import at_home, if_address
+from ..core.files import if_address
 from .judge import Judge
 
 _AT_ONCE = 16  # pictures
@@ -150,9 +149,7 @@ def _loaded(source: str, local: bool, kind: type, device: str, judge: str) -> tu
 
 def _place(model: str) -> tuple[str, bool]:
     """Where a model lies, for transformers, and whether that is on this machine. Raises UserError where it is nowhere."""
-    path = at_home(Path(model))
-    if path.is_dir():
-        return str(path.resolve()), True  # a folder such as "owner/name" would be looked up on the hub
-    if is_hub_id(model) and not path.parent.is_dir():
-        return model, False
-    raise UserError(f"there is no judge {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    found = model_place(model)
+    if found is None:
+        raise UserError(f"there is no judge {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    return found

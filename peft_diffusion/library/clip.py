@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging as transformers_logging
 
 from ..bases import fingerprint
-from ..bases.loading import is_hub_id, quiet
+from ..bases.loading import model_place, quiet
 from ..bases.readers import load_reader
 from ..core.errors import UserError, first_line
-from ..core.files import at_home, if_address
+from ..core.files import if_address
 from .encoder import REFERENCE, Array, Encoder, floor_of, unit
 
 _AT_ONCE = 16
@@ -34,14 +34,13 @@ def load(name: str) -> Encoder:
     Raises:
         UserError: There is no such model, or it is neither.
     """
-    path = at_home(Path(name))
-    local = path.is_dir()
-    if not local and (not is_hub_id(name) or path.parent.is_dir()):
+    found = model_place(name)
+    if found is None:
         raise UserError(
             f"there is no encoder {name!r}: neither icons, none, nor a folder or hub id of CLIP or of a base"
             f"{if_address(name)}"
         )
-    source = str(path.resolve()) if local else name
+    source, local = found
     try:
         with quiet(transformers_logging):
             return _Both(name, source, local) if _is_clip(source, local) else _Reads(name, source, local)
