@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, Dinov2Model
 from transformers.utils import logging as transformers_logging
 
+from ..bases.clip_inputs import pixels, tokens
 from ..bases.loading import model_place, pick_device, pick_dtype, quiet
 from ..core.errors import UserError, first_line
 from ..core.files import if_address
 from .judge import Judge
-
-_AT_ONCE = 16  # pictures
 
 
 class _Seen(Judge):
@@ -60,10 +59,8 @@ class _Seen(Judge):
     @torch.inference_mode()
     def _looked(self, images: Sequence[Image.Image]) -> Iterator[tuple[Tensor, Tensor]]:
         """Style and subject of pictures, batch by batch."""
-        for start in range(0, len(images), _AT_ONCE):
-            batch = [image.convert("RGB") for image in images[start : start + _AT_ONCE]]
-            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
-            patches, whole = self.seen(pixels.to(self.model.device, self.model.dtype))
+        for given in pixels(self.model, self.processor, images):
+            patches, whole = self.seen(given)
             patches = patches[:, 1:].float()  # the first stands for the whole picture
             statistics = torch.cat([patches.mean(1), patches.std(1, correction=0)], 1)
             yield statistics.cpu().clone(), F.normalize(whole.float()).cpu().clone()
@@ -79,9 +76,7 @@ class _Reads(_Seen):
     @torch.inference_mode()
     def words(self, texts: Sequence[str]) -> Tensor | None:
         """The embeddings of texts."""
-        most = self.model.config.text_config.max_position_embeddings
-        given = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
-        told = {name: given[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        told = tokens(self.model, self.tokenizer, texts)
         return F.normalize(self.model.text_projection(self.model.text_model(**told).pooler_output).float()).cpu().clone()
 
     def _of_clip(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging as transformers_logging
 
 from ..bases import fingerprint
+from ..bases.clip_inputs import AT_ONCE, pixels, tokens
 from ..bases.loading import model_place, quiet
 from ..bases.readers import load_reader
 from ..core.errors import UserError, first_line
 from ..core.files import if_address
 from .encoder import REFERENCE, Array, Encoder, floor_of, unit
-
-_AT_ONCE = 16
 
 
 def load(name: str) -> Encoder:
@@ -98,19 +97,16 @@ class _Reads:
 
     def _raw(self, texts: Sequence[str]) -> Array:
         """Embeddings of length 1."""
-        pieces = [self._batch(list(texts[start : start + _AT_ONCE])) for start in range(0, len(texts), _AT_ONCE)]
+        pieces = [
+            self._batch(tokens(self._model, self._tokenizer, texts[start : start + AT_ONCE]))
+            for start in range(0, len(texts), AT_ONCE)
+        ]
         found: Array = F.normalize(torch.cat(pieces).float()).numpy()
         return found
 
-    def _batch(self, texts: list[str]) -> Tensor:
-        found: Tensor = self._model(**self._told(texts)).pooler_output
+    def _batch(self, told: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self._model(**told).pooler_output
         return found
-
-    def _told(self, texts: list[str]) -> dict[str, Tensor]:
-        config = self._model.config
-        most = getattr(config, "text_config", config).max_position_embeddings
-        told = self._tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
-        return {name: told[name] for name in ("input_ids", "attention_mask")}
 
 
 class _Both(_Reads):
@@ -135,13 +131,11 @@ class _Both(_Reads):
         if not images:
             return super().pictures(images)
         pieces = []
-        for start in range(0, len(images), _AT_ONCE):
-            pixels = self._processor(images=list(images[start : start + _AT_ONCE]), return_tensors="pt")["pixel_values"]
-            seen = self._model.vision_model(pixel_values=pixels.to(self._model.dtype)).pooler_output
-            pieces.append(self._model.visual_projection(seen))
+        for given in pixels(self._model, self._processor, images):
+            pieces.append(self._model.visual_projection(self._model.vision_model(pixel_values=given).pooler_output))
         found: Array = F.normalize(torch.cat(pieces).float()).numpy()
         return found, np.logaddexp.reduce(self.scale * found @ self._reference.T, axis=1)
 
-    def _batch(self, texts: list[str]) -> Tensor:
-        found: Tensor = self._model.text_projection(self._model.text_model(**self._told(texts)).pooler_output)
+    def _batch(self, told: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self._model.text_projection(self._model.text_model(**told).pooler_output)
         return found
