@@ -78,9 +78,9 @@ class _Reads:
         self._model, self._tokenizer = self._parts(source, local)
         self._model.eval().requires_grad_(False)
         self.fingerprint = fingerprint({"model": self._model})
-        raw = self._raw(REFERENCE)
-        self._common = raw.mean(0)
-        self.floor = floor_of(self.texts(REFERENCE))
+        self._reference = self._raw(REFERENCE)
+        self._common = self._reference.mean(0)
+        self.floor = floor_of(unit(self._reference - self._common))
 
     def _parts(self, source: str, local: bool) -> tuple[Any, Any]:
         return load_reader(source, local)
@@ -119,7 +119,6 @@ class _Both(_Reads):
         super().__init__(name, source, local)
         self._processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
         self.scale = float(self._model.logit_scale.exp())
-        self._reference = self._raw(REFERENCE)
 
     def _parts(self, source: str, local: bool) -> tuple[Any, Any]:
         model: Any = AutoModel.from_pretrained(source, local_files_only=local)
