@@ -24,9 +24,9 @@ from .problems import PictureError, Problem
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
 Missing = Literal["stop", "name", "empty", "skip"]
+"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 MISSING_CAPTION = "missing caption"
 """The kind of problem that a picture without a caption is."""
-"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 
 
 @dataclass(frozen=True)
