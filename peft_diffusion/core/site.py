@@ -594,7 +594,7 @@ def refuse_wrapped(path: str, module: nn.Module) -> None:
 
 
 def _check_free(modules: Mapping[str, nn.Module]) -> None:
-    """Raises UserError where the class of a module, of those by path, cannot be swapped, or swapped back, with any effect."""
+    """Raises UserError where the class of one of them, by path, cannot be swapped, or swapped back, with any effect."""
     for path, module in modules.items():
         if not _is_free(module):
             _refuse_taken(path, module)
