@@ -448,7 +448,7 @@ class _Forms:
             for one in own:
                 form, (run, start), (other, above) = one.form, one.down, one.up
                 number = form.constant if one.alpha is None else numbers[one.alpha]
-                scale = form.scale(number, form.down_shape[0])
+                scale = form.scale(number, form.rank)
                 if scale is not None:
                     down, up = Piece(flats[run], start), Piece(flats[other], above)
                     pairs[one.path] = StoredPair(form, down, up, number, scale)
