@@ -244,7 +244,6 @@ def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str
     assert json.loads(json.dumps(found.as_json()))["overlaps"][0]["first"] == "ink"
 
 
-@torch.no_grad()
 def test_the_first_prompts_that_are_drawn_have_some_of_each_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a measurement takes the first few alone."""
     taken: list[str] = []
@@ -262,6 +261,7 @@ def test_the_first_prompts_that_are_drawn_have_some_of_each_adapter(monkeypatch:
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_what_adapters_add_to_outputs_is_what_layers_give_with_and_without_them(adapters: Adapters) -> None:
     sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
     found = adapters.report(["a cat"], seed=3, sampling=sampling)

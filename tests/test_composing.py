@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from peft_diffusion import Adapters, ComposeTrainConfig, GenerateConfig, UserErr
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
+from peft_diffusion.core.errors import Interrupted
 from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.core.learned_kinds import LEARNED_KINDS
 from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
@@ -208,9 +210,15 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
     other = edited(files[kind], folder / f"other_{kind}.safetensors", base={"name": "elsewhere", "fingerprint": "0" * 16})
     again: dict[str, Any] = {**common, "compose_file": other, "output": tmp_path / "c"}
     generate(GenerateConfig("a cat", **again), pipe=tiny_pipe, observers=[told.append])
+    judged = pd.EvaluateConfig(both, data=[str(folder / name) for name in ("ink", "flat")], **again)
+    stop = threading.Event()
+    stop.set()  # before anything is drawn
+    with pytest.raises(Interrupted):
+        pd.evaluate(judged, pipe=tiny_pipe, observers=[told.append], stop=stop)
     other.unlink()
     warned = [one.message for one in told if isinstance(one, Warned)]
-    assert [one for one in warned if "was learned on 'elsewhere', whose weights differ from this base's" in one]
+    other_weights = "was learned on 'elsewhere', whose weights differ from this base's"
+    assert sum(other_weights in one for one in warned) == 2  # by both commands
     config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
     with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
         config.check()

@@ -358,6 +358,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert "Distance to training pictures" in page and "flat on" in page
 
 
+@pytest.mark.slow
 def test_copies_are_looked_for_among_all_that_was_trained_on(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], icons: Judge, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ class StoredPair:
         self.up = up
         self.number = number
         self.scale = scale
-        self.rank = form.down_shape[0]
+        self.rank = form.rank
 
     def matrices(self) -> Matrices:
         """The matrices, on the CPU."""

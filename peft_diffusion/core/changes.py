@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .component import ComponentState
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -42,11 +45,11 @@ class Seen:
 
     Attributes:
         modules: Paths and modules by the component. A change moves none.
-        states: What components carry; forgotten whenever a module gets a slot or loses it.
+        states: What components carry, None for nothing; forgotten whenever a module gets a slot or loses it.
     """
 
     modules: dict[nn.Module, list[tuple[str, nn.Module]]] = field(default_factory=dict)
-    states: dict[nn.Module, Any] = field(default_factory=dict)
+    states: "dict[nn.Module, ComponentState | None]" = field(default_factory=dict)
 
 
 class _Changes(threading.local):

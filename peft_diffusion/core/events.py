@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -290,6 +290,8 @@ class _Signals:
 
 
 _signals = _Signals()
+_HANG_UPS = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
+_Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
@@ -311,9 +313,7 @@ def stop_on_signal(tell: Observer) -> Iterator[Stop]:
         yield stop
         return
     numbers = [signal.SIGINT, signal.SIGTERM]  # the first also where it is ignored, as shells do for what they start with &
-    hang_up = getattr(signal, "SIGHUP", None)  # which Windows has not
-    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
-        numbers.append(hang_up)
+    numbers += [number for number in _HANG_UPS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def request(number: int, _: FrameType | None) -> None:
@@ -341,21 +341,13 @@ def interrupts_apart() -> Iterator[None]:
     A handler that is put in place inside stays. Nothing is done where somebody handles SIGINT already, or in a thread that
     is not the main one.
     """
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
 
     def interrupt(_: int, __: FrameType | None) -> None:
         if not _signals.are_one():
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
-    try:
+    with _handled({signal.SIGINT: signal.default_int_handler}, interrupt):
         yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -365,9 +357,6 @@ def terminations_cleaned_up() -> Iterator[None]:
     Afterwards the process ends by the signal, as whoever sent it expects. A second signal ends it at once. Nothing is done
     for a signal that somebody handles or ignores already, as with nohup, or in a thread that is not the main one.
     """
-    here = threading.current_thread() is threading.main_thread()
-    named = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
-    numbers = [one for one in named if here and one is not None and signal.getsignal(one) is signal.SIG_DFL]
     came: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -375,13 +364,27 @@ def terminations_cleaned_up() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    for number in numbers:
-        signal.signal(number, interrupt)
+    try:
+        with _handled(dict.fromkeys((signal.SIGTERM, *_HANG_UPS), signal.SIG_DFL), interrupt):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _handled(usual: Mapping[int, _Handler | signal.Handlers], handler: _Handler) -> Iterator[None]:
+    """Handle those signals inside that have their usual handlers, in the main thread, which get these back afterwards.
+
+    A handler that somebody else puts in place inside stays.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    ours = [number for number, own in usual.items() if here and signal.getsignal(number) is own]
+    for number in ours:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in numbers:
-            if signal.getsignal(number) is interrupt:
-                signal.signal(number, signal.SIG_DFL)
-        if came:
-            signal.raise_signal(came[0])
+        for number in ours:
+            if signal.getsignal(number) is handler:
+                signal.signal(number, usual[number])

@@ -286,9 +286,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
         raise UserError("adapters are merged into the weights; unmerge them before you attach another")
     found = targets.modules(component)
     modules = {path: found[path] if path in found else component.get_submodule(path) for path in built}
-    for path, module in modules.items():
-        if not _is_free(module):
-            _check_free(path, module)
+    _check_free(modules)
     blocks = targets.units(component, found)
     _check_one_state(component, found.values(), blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
@@ -376,9 +374,7 @@ def check_detach(component: nn.Module, name: str) -> ComponentState:
         )
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
-    for path, site in sites(component, name).items():
-        if not _is_free(site):
-            _check_free(path, site)
+    _check_free(sites(component, name))
     return state
 
 
@@ -597,9 +593,15 @@ def refuse_wrapped(path: str, module: nn.Module) -> None:
         )
 
 
+def _check_free(modules: Mapping[str, nn.Module]) -> None:
+    """Raises UserError where the class of one of them, by path, cannot be swapped, or swapped back, with any effect."""
+    for path, module in modules.items():
+        if not _is_free(module):
+            _refuse_taken(path, module)
+
+
 def _is_free(module: nn.Module) -> bool:
-    """Whether nothing stands in the way of swapping the class of a module, or swapping it back; False where it is to be
-    looked at: see `_check_free`."""
+    """Whether nothing stands in the way of swapping the class of a module; False where `_refuse_taken` has to look at it."""
     own, cls = vars(module), type(module)
     if not _is_plain(cast(Hashable, cls)) or "forward" in own or "base_layer" in own or SLOT in own:
         return False
@@ -616,8 +618,8 @@ def _is_plain(cls: Any) -> bool:
     return ours and not hasattr(cls, SLOT) and not hasattr(cls, "base_layer")
 
 
-def _check_free(path: str, module: nn.Module) -> None:
-    """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
+def _refuse_taken(path: str, module: nn.Module) -> None:
+    """Free a module of hooks that are gone. Raises UserError where something else stands in the way."""
     refuse_wrapped(path, module)
     patched = vars(module).get("forward")
     if getattr(patched, "__func__", None) is type(module).forward and getattr(patched, "__self__", None) is module:

@@ -300,13 +300,11 @@ class Slab(nn.Module):
 
     def _look(self) -> None:
         """Make the views."""
-        flats = self._flats
-        there = sorted((one for one in self._regions if one is not None), key=lambda one: one.rows)
-        # Regions that were given up leave rows between others until all move.
-        ends = itertools.chain.from_iterable((one.rows, one.rows + one.room) for one in there)
-        cuts = [end - begin for begin, end in itertools.pairwise((0, *ends, len(self._rows)))]
-        rows = dict(zip((one.rows for one in there), self._rows.split(cuts)[1::2], strict=True))
-        self.views = [None if one is None else SiteView(*_matrices(one, flats), rows[one.rows]) for one in self._regions]
+        flats, rows = self._flats, self._rows
+        self.views = [
+            None if one is None else SiteView(*_matrices(one, flats), cut(rows, one.rows, (one.room,)))
+            for one in self._regions
+        ]
 
     def _parts(self, placed: Iterable[tuple[int, _Held]]) -> list[tuple[Tensor, Tensor]]:
         """The ranks of adapters at sites: (rank, in, ...) and, as files have it, (out, rank)."""

@@ -341,8 +341,7 @@ def state_of(component: nn.Module) -> ComponentState | None:
         return _state(component)
     if component not in seen.states:
         seen.states[component] = _state(component)
-    found: ComponentState | None = seen.states[component]
-    return found
+    return seen.states[component]
 
 
 def _state(component: nn.Module) -> ComponentState | None:

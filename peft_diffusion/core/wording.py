@@ -26,3 +26,15 @@ def any_of(several: Sequence[str]) -> str:
         "one, another, or a third".
     """
     return f"{', '.join(several[:-1])}, or {several[-1]}"
+
+
+def first_of(several: Sequence[object]) -> str:
+    """Write the first of what is alike, and how much more there is.
+
+    Args:
+        several: One or more.
+
+    Returns:
+        "one", or "one (and 2 more like it)".
+    """
+    return f"{several[0]}" + (f" (and {len(several) - 1} more like it)" if len(several) > 1 else "")

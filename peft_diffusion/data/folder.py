@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from peft_diffusion.core.errors import UserError
 
-from ..core.wording import number_of
+from ..core.wording import first_of, number_of
 from . import picture_names
 from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
@@ -24,9 +24,9 @@ from .problems import PictureError, Problem
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
 Missing = Literal["stop", "name", "empty", "skip"]
+"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 MISSING_CAPTION = "missing caption"
 """The kind of problem that a picture without a caption is."""
-"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,14 @@ class ImageFolder:
         """The number of captions by where they came from."""
         return dict(Counter(picture.source for picture in self.pictures))
 
+    @property
+    def by_kind(self) -> dict[str, list[Problem]]:
+        """The problems by their kinds."""
+        found: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            found.setdefault(problem.kind, []).append(problem)
+        return found
+
     def check(self) -> None:
         """Stop if a problem makes training impossible. Call it after showing `describe()`.
 
@@ -134,8 +142,7 @@ class ImageFolder:
         """
         stopping = [problem for problem in self.problems if problem.stops]
         if stopping:
-            more = f" (and {len(stopping) - 1} more like it)" if len(stopping) > 1 else ""
-            raise UserError(f"{stopping[0]}{more}")
+            raise UserError(first_of(stopping))
 
     def describe(self, shown: int = 5) -> list[str]:
         """Describe the folder in lines of plain text.
@@ -155,10 +162,7 @@ class ImageFolder:
         if several:
             how = "each an alternative: --wildcards draws one at each step, without it the first is taken"
             lines.append(f"{number_of(several, 'caption')} with several lines, {how}")
-        kinds: dict[str, list[Problem]] = {}
-        for problem in self.problems:
-            kinds.setdefault(problem.kind, []).append(problem)
-        for kind, problems in kinds.items():
+        for kind, problems in self.by_kind.items():
             lines.append(f"{kind}: {len(problems)}{' (training stops)' if problems[0].stops else ''}")
             lines += [f"  {problem}" for problem in problems[:shown]]
             lines += [f"  and {len(problems) - shown} more"] if len(problems) > shown else []

@@ -21,6 +21,7 @@ from ..generation import sheet
 from ..generation.adapted import adapted, contains
 from ..generation.adapters import Adapters
 from ..generation.distilled import for_few_steps
+from ..generation.learned import tell_base
 from ..generation.memory import loaded
 from ..generation.settings import Choice
 from ..training.tasks.diffusion import Examples
@@ -132,6 +133,7 @@ def evaluate(
         sampling = for_few_steps(config.sampling(), choices, tell)
         base = loaded(sampling, pipe)
         with adapted(base, choices, [()] * len(choices), tell, lent=pipe is not None, strict=False) as (adapters, names):
+            tell_base(adapters, config.compose_file, tell)
             bench = Bench(
                 adapters, replace(sampling, compose="add", compose_file=None), config.all_seeds(), tell, stop or Never()
             )

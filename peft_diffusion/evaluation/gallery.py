@@ -13,6 +13,7 @@ from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Observer, Warned, progress, untold
+from ..core.wording import first_of
 from ..data.buckets import ResizeCrop, arrange, place
 from ..data.captions import CaptionRules
 from ..data.folder import MISSING_CAPTION, Missing, TrainingImage, scan
@@ -116,17 +117,16 @@ def read_gallery(
         UserError: There is no picture, or something stops reading, such as a missing caption.
     """
     found = scan(folder, missing=missing)
-    without_words = [one for one in found.problems if one.stops and one.kind == MISSING_CAPTION]
+    without_words = [
+        f"{one.where}: {one.message}. Write one beside it: prompts are made of captions"  # which no option waives here
+        for one in found.problems
+        if one.stops and one.kind == MISSING_CAPTION
+    ]
     if without_words:
-        more = f" (and {len(without_words) - 1} more like it)" if len(without_words) > 1 else ""
-        missed = without_words[0]
-        raise UserError(f"{missed.where}: {missed.message}. Write one beside it: prompts are made of captions{more}")
+        raise UserError(first_of(without_words))
     found.check()
-    kinds: dict[str, list[str]] = {}
-    for problem in found.problems:
-        kinds.setdefault(problem.kind, []).append(str(problem))
-    for first, *others in kinds.values():
-        tell(Warned(first + (f" (and {len(others)} more like it)" if others else "")))
+    for problems in found.by_kind.values():
+        tell(Warned(first_of(problems)))
     pictures = tuple(one for one in found.pictures if one.digest not in without)
     seen = len(found.pictures) - len(pictures)
     if not pictures:

@@ -400,13 +400,9 @@ class Engine:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """The network as it is computed here."""
-        chosen = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = self.searches and not torch.are_deterministic_algorithms_enabled()
-        try:
-            with swapped(self.network, self._backends), self._made().used(), regions.using(self._layout_now):
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = chosen
+        fused = swapped(self.network, self._backends)
+        with frozen_ops.searching(self.searches), fused, self._made().used(), regions.using(self._layout_now):
+            yield
 
     def _tell_once(self, told: Tensor, records: bool) -> None:
         """Compute keys and values of what attention is told, where that, or what computes them, is another than before."""

@@ -72,13 +72,32 @@ def in_torch() -> Iterator[None]:
     Yields:
         Once; afterwards all is computed as before.
     """
-    token, searches = _in_torch.set(True), torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    token = _in_torch.set(True)
+    try:
+        with searching(False):
+            yield
+    finally:
+        _in_torch.reset(token)
+
+
+@contextmanager
+def searching(wanted: bool) -> Iterator[None]:
+    """Let cuDNN search for its fastest convolutions inside, or not.
+
+    Which is fastest is found with a clock, so not where every run shall round alike.
+
+    Args:
+        wanted: Whether it shall.
+
+    Yields:
+        Once; afterwards it does as before.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = searches
-        _in_torch.reset(token)
+        torch.backends.cudnn.benchmark = before
 
 
 def _seen(device: torch.device) -> Any:

@@ -53,15 +53,10 @@ def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[Non
         yield
         return
     frozen_ops.kernels_on(parameter.device)  # now, as their first run cannot be recorded
-    chosen = torch.backends.cudnn.benchmark
-    # Which is fastest is found with a clock, so not where every run shall round alike.
-    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    try:
+    with frozen_ops.searching(True):
         cudnn = cudnn_attention and cudnn_attends(component, parameter)
         with channels_last(component), side_by_side(component), swapped(component, CUDNN_FIRST if cudnn else ()), fusing():
             yield
-    finally:
-        torch.backends.cudnn.benchmark = chosen
 
 
 @contextmanager

@@ -288,14 +288,13 @@ class Data:
         Raises:
             UserError: One holds NaN or infinity.
         """
-        found: dict[str, Tensor] = {}
-        entries = self._listing.tensors
-        for run, numbers in zip(self._listing.runs, self._numbers_of, strict=True):
-            own = [entries[name] for name in run.names]
-            parts = numbers.split([(one.end - one.start) // numbers.itemsize for one in own])
-            for name, one, part in zip(run.names, own, parts, strict=True):
-                found[name] = part.view(one.shape)
-        tensors = {name: found[name] for name in entries}
+        from ..core.adapter import cut
+
+        runs, places = self._numbers_of, self._listing.places
+        tensors = {}
+        for name, one in self._listing.tensors.items():
+            run, start = places[name]
+            tensors[name] = cut(runs[run], start, one.shape)
         return tensors if self._is_whole else _usable(self._header.path, tensors)
 
     def flats(self) -> list["Tensor"]:

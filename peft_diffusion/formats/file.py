@@ -448,7 +448,7 @@ class _Forms:
             for one in own:
                 form, (run, start), (other, above) = one.form, one.down, one.up
                 number = form.constant if one.alpha is None else numbers[one.alpha]
-                scale = form.scale(number, form.down_shape[0])
+                scale = form.scale(number, form.rank)
                 if scale is not None:
                     down, up = Piece(flats[run], start), Piece(flats[other], above)
                     pairs[one.path] = StoredPair(form, down, up, number, scale)
@@ -499,7 +499,7 @@ class Bound:
             Those of sites with nothing but a pair of low rank, by component and path.
 
         Raises:
-            UserError: The file holds NaN or infinity.
+            UserError: There is one, and the file holds NaN or infinity; the numbers of others are not looked at.
         """
         listing = self.plan.header.listing
         if data is None or listing is None:
@@ -507,14 +507,13 @@ class Bound:
             told = {name: Described(one.dtype, tuple(one.shape)) for name, one in tensors.items()}
             places = {name: (number, 0) for number, name in enumerate(told)}
             return self._forms(modules, told, places).pairs([one.reshape(-1) for one in tensors.values()])
-        flats = data.flats()
         forms = self._known.get(listing)
         if forms is None or not forms.hold(modules):
             entries = listing.tensors.items()
             told = {name: Described(container.torch_dtype(one), one.shape) for name, one in entries}
             forms = self._forms(modules, told, listing.places)
             self._known.put(listing, forms)
-        return forms.pairs(flats)
+        return forms.pairs(data.flats()) if forms.sites else {}
 
     def _forms(
         self,

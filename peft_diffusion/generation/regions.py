@@ -82,15 +82,14 @@ class Area:
                 self.mask if self.mask.size == (width, height) else self.mask.resize((width, height), Image.Resampling.BOX)
             )
             return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
-        box = self.box or (0.0, 0.0, 1.0, 1.0)
-        if max(box) <= 1:
-            box = tuple(one * side for one, side in zip(box, (width, height) * 2, strict=True))
+        box = self.shared(width, height).box or (0.0, 0.0, 1.0, 1.0)
+        left, top, right, bottom = (one * side for one, side in zip(box, (width, height) * 2, strict=True))
 
         def along(low: float, high: float, side: int) -> Tensor:
             places = torch.arange(side, dtype=torch.float32)
             return (torch.clamp(places + 1, max=high) - torch.clamp(places, min=low)).clamp(0, 1)
 
-        return along(box[1], box[3], height)[:, None] * along(box[0], box[2], width)
+        return along(top, bottom, height)[:, None] * along(left, right, width)
 
     def shared(self, width: int, height: int) -> "Area":
         """Say a box in shares of the sides, so that it is the same part of a larger picture, as of a second pass.
