@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def adapter(
 ) -> Path:
     """A LoRA of one layer, as kohya's trainer writes it; its bytes differ with its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(abs(hash(path.name)) if seed is None else seed)
+    rng = np.random.default_rng(zlib.crc32(path.name.encode()) if seed is None else seed)
     shapes = {"lora_down.weight": (2, width), "lora_up.weight": (320, 2), "alpha": ()}
     tensors = {f"{site}.{name}": np.asarray(rng.normal(size=shape), np.float32) for name, shape in shapes.items()}
     save_file(tensors, path, dict(told or {}))
