@@ -208,7 +208,7 @@ class Library:
             if len(found) == count:
                 break
         drawn, added = with_triggers(prompt, found, notes)
-        made = Chosen.of(prompt, drawn, found, added, ranking.others, notes)
+        made = Chosen(prompt, drawn, tuple(found), tuple(added), ranking.others, tuple(notes))
         tell(made)
         return made
 
