@@ -59,6 +59,18 @@ class Added(Event):
         return tuple(lines)
 
 
+def others_told(others: int) -> str:
+    """Say that adapters were left out because of the base.
+
+    Args:
+        others: How many.
+
+    Returns:
+        That, in a line.
+    """
+    return f"{others} more would be found, but do not fit the base, or do not tell theirs"
+
+
 @dataclass(frozen=True)
 class Chosen(Noted):
     """Adapters were chosen for a prompt.
@@ -89,7 +101,7 @@ class Chosen(Noted):
         if not self.found:
             lines.append(f'for "{self.written}" no adapter of the library is meant')
         if self.others:
-            lines.append(f"{self.others} more would be found, but do not fit the base, or do not tell theirs")
+            lines.append(others_told(self.others))
         lines += self.notes
         if self.added:
             lines.append(f'added to the prompt: {", ".join(self.added)}; it is now "{self.prompt}"')
