@@ -269,8 +269,7 @@ def _of_regions(config: GenerateConfig, shelf: Shelf) -> tuple[tuple[Choice, ...
 
 def _alike(choice: Choice, known: Sequence[Choice]) -> Choice:
     """The choice by the path by which the same file is known already: by another it would be loaded, and act, twice."""
-    same = (one for one in known if one.key[1:] == choice.key[1:] and one.path.samefile(choice.path))
-    return replace(choice, path=next((one.path for one in same), choice.path))
+    return replace(choice, path=next((one.path for one in known if choice.is_same(one)), choice.path))
 
 
 def _in_region(text: str, shelf: Shelf) -> Choice:
