@@ -46,7 +46,7 @@ from scripts.blends.trained import BESIDE, DROPOUT, KEEP, config_of, drawings, e
 from scripts.build_base.captions import with_article
 from scripts.build_base.make_samples import HELD_OUT
 from scripts.build_base.sources import icon_set
-from scripts.measuring import in_processes, markdown_table, run, write_results
+from scripts.measuring import circumstances, in_processes, markdown_table, run, write_results
 
 ASKED = 1 / 3  # of the rise that has to go
 
@@ -292,7 +292,7 @@ def report(options: argparse.Namespace) -> None:
         "told right alone, first", "second", "with the other, first", "second",
     )  # fmt: skip
     text = markdown_table(headings, rows)
-    write_results(options.output, options, {"rows": figures}, text)
+    write_results(options.output, circumstances(options) | {"rows": figures}, text)
     print(text)
 
 

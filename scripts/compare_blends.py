@@ -50,7 +50,7 @@ from scripts.blends import curves, judges
 from scripts.blends.trained import BESIDE, config_of, drawings, emptied, prompts_of
 from scripts.blends.ways import ENDS, SHARES, Merged, Pair, Point, Way, beside_name, every, merge_one, merges
 from scripts.build_base.captions import with_article
-from scripts.measuring import in_processes, markdown_table, run, say, write_results
+from scripts.measuring import circumstances, in_processes, markdown_table, run, say, write_results
 
 SUBJECTS = ("red apple", "cat face", "house", "grinning face", "rocket", "guitar")  # which no adapter was shown
 SCENES = (
@@ -367,7 +367,8 @@ def report(found: Found, pairs: Sequence[Pair]) -> None:
         if several
     }
     text = [_volumes_table(figures, names, totals), _balance_table(figures, names), _rows_table(found)]
-    write_results(output, found.options, {"pairs": figures, "together": totals, "rows": found.rows}, "\n".join(text))
+    told = circumstances(found.options) | {"pairs": figures, "together": totals, "rows": found.rows}
+    write_results(output, told, "\n".join(text))
     found.keep()
     for pair in known:
         _plot(found, pair)

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,12 +48,15 @@ def in_processes(
                 say(told, began)
 
 
-def write_results(folder: Path, options: argparse.Namespace, figures: Mapping[str, Any], table: str) -> None:
-    """Write ``figures.json``, which tells the device and the settings too, and ``table.md``."""
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """On which device figures were found, and with which settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    settings = {name: str(value) for name, value in vars(options).items()}
-    told = {"device": device, "settings": settings, **figures}
-    (folder / "figures.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return {"device": device, "settings": {name: str(value) for name, value in vars(options).items()}}
+
+
+def write_results(folder: Path, figures: Any, table: str) -> None:
+    """Write ``figures.json`` and ``table.md``."""
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table, encoding="utf-8")
 
 
