@@ -28,10 +28,12 @@ from peft_diffusion.formats.sidecars import read_sidecars
 from peft_diffusion.generation import recipe
 from peft_diffusion.library import Library
 from peft_diffusion.library import library as libraries
+from peft_diffusion.library.encoder import floor_of, near_texts
 from peft_diffusion.library.entries import lead_of, read_entry
 from peft_diffusion.library.events import Chosen
 from peft_diffusion.library.ranking import LEAST, Snapshot
 from peft_diffusion.library.terms import terms_of
+from peft_diffusion.library.word_vectors import WordVectors
 from peft_diffusion.library.words import COLUMNS
 
 SD1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -114,6 +116,14 @@ def test_meaning_is_found_where_no_word_matches(tmp_path: Path, shelf: Path) -> 
         (first, *_) = library.search("home")
         assert first.entry.name == "e5" and first.words == 0 and first.meaning > 0.1
         assert first.because[0].startswith("near what it shows")
+
+
+def test_unlike_texts_are_not_near_to_an_encoder_that_hardly_tells_texts_apart() -> None:
+    one = np.repeat(np.array([[1.0], [-1.0]], np.float32), 16, 0)  # all texts are the same or opposite: mean 0, deviation 1
+    encoder = WordVectors()
+    encoder.floor = floor_of(one)
+    near = near_texts(encoder, np.array([1.0, 0.9, 0.0, -1.0], np.float32), np.ones(4, np.float32))
+    assert near.tolist() == pytest.approx([encoder.trust, 0, 0, 0])
 
 
 def test_only_adapters_for_the_base_are_found_and_the_others_counted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
 from ..core.errors import UserError
+from ..core.files import at_home
 from ..core.parsing import json_value
 from ..core.settings import not_among
 
@@ -70,6 +71,21 @@ def is_hub_id(source: str) -> bool:
         Whether it is owner/name; a path may be written so too.
     """
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def model_place(name: str) -> tuple[str, bool] | None:
+    """Tell where a model of transformers lies that a person named.
+
+    Args:
+        name: A folder or hub id.
+
+    Returns:
+        What transformers takes for it, and whether that is on this machine; None where it is neither.
+    """
+    path = at_home(Path(name))
+    if path.is_dir():
+        return str(path.resolve()), True  # a folder such as "owner/name" would be looked up on the hub
+    return (name, False) if is_hub_id(name) and not path.parent.is_dir() else None
 
 
 def is_cached(hub_id: str) -> bool:

@@ -154,6 +154,24 @@ def regular(path: Path) -> Path:
     return path
 
 
+def refuse_larger(path: Path, most: int, kind: str, so: str = "it is not read") -> None:
+    """See that a file of a stranger is a regular one of a sane size, before it is read.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+        kind: What such files are called, in the plural.
+        so: What comes of a larger one, in words.
+
+    Raises:
+        UserError: It is larger, or no regular file.
+        OSError: It is not there.
+    """
+    size = regular(path).stat().st_size
+    if size > most:
+        raise UserError(f"{path} has {size:,} bytes, and {kind} have at most {most:,}: {so}")
+
+
 def file_of(name: str) -> str | None:
     """The name of the file that one with this name was written aside for.
 

@@ -27,5 +27,16 @@ def brief(text: str) -> str:
     Returns:
         Its words with single spaces, of at most 60 characters.
     """
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return shortened(line, 60)
+    return shortened(in_one_line(text), 60)
+
+
+def in_one_line(text: str) -> str:
+    """Bring a text into one line.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Its words with single spaces, without what cannot be shown.
+    """
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

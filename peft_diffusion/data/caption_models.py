@@ -22,10 +22,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ..bases.loading import is_hub_id, pick_device, pick_dtype, quiet
+from ..bases.loading import model_place, pick_device, pick_dtype, quiet
 from ..core.encodings import unicode_text
 from ..core.errors import UserError, first_line
-from ..core.files import at_home, if_address, regular
+from ..core.files import if_address, regular
 from .caption_settings import CaptionConfig
 
 WRITERS = ("blip", "florence2")
@@ -192,14 +192,13 @@ def _silence() -> AbstractContextManager[None]:
 
 def _place(model: str) -> tuple[str, bool]:
     """Where a model lies, for transformers, and whether that is on this machine. Raises UserError where it is nowhere."""
-    path = at_home(Path(model))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is no folder of a model: it holds no config.json")
-        return str(path.resolve()), True  # a folder such as "owner/name" would be looked up on the hub
-    if is_hub_id(model) and not path.parent.is_dir():
-        return model, False
-    raise UserError(f"there is no model {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    found = model_place(model)
+    if found is None:
+        raise UserError(f"there is no model {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    source, local = found
+    if local and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{model} is no folder of a model: it holds no config.json")
+    return source, local
 
 
 def _writer(config: CaptionConfig, source: str, kind: str, local: bool, device: torch.device, dtype: torch.dtype) -> Writer:

@@ -1,7 +1,6 @@
 """CLIP and DINOv2 as judges, loaded through transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, Dinov2Model
 from transformers.utils import logging as transformers_logging
 
-from ..bases.loading import is_hub_id, pick_device, pick_dtype, quiet
+from ..bases.clip_inputs import pixels, tokens
+from ..bases.loading import model_place, pick_device, pick_dtype, quiet
 from ..core.errors import UserError, first_line
-from ..core.files import at_home, if_address
+from ..core.files import if_address
 from .judge import Judge
-
-_AT_ONCE = 16  # pictures
 
 
 class _Seen(Judge):
@@ -61,10 +59,8 @@ class _Seen(Judge):
     @torch.inference_mode()
     def _looked(self, images: Sequence[Image.Image]) -> Iterator[tuple[Tensor, Tensor]]:
         """Style and subject of pictures, batch by batch."""
-        for start in range(0, len(images), _AT_ONCE):
-            batch = [image.convert("RGB") for image in images[start : start + _AT_ONCE]]
-            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
-            patches, whole = self.seen(pixels.to(self.model.device, self.model.dtype))
+        for given in pixels(self.model, self.processor, images):
+            patches, whole = self.seen(given)
             patches = patches[:, 1:].float()  # the first stands for the whole picture
             statistics = torch.cat([patches.mean(1), patches.std(1, correction=0)], 1)
             yield statistics.cpu().clone(), F.normalize(whole.float()).cpu().clone()
@@ -80,9 +76,7 @@ class _Reads(_Seen):
     @torch.inference_mode()
     def words(self, texts: Sequence[str]) -> Tensor | None:
         """The embeddings of texts."""
-        most = self.model.config.text_config.max_position_embeddings
-        given = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
-        told = {name: given[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        told = tokens(self.model, self.tokenizer, texts)
         return F.normalize(self.model.text_projection(self.model.text_model(**told).pooler_output).float()).cpu().clone()
 
     def _of_clip(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +144,7 @@ def _loaded(source: str, local: bool, kind: type, device: str, judge: str) -> tu
 
 def _place(model: str) -> tuple[str, bool]:
     """Where a model lies, for transformers, and whether that is on this machine. Raises UserError where it is nowhere."""
-    path = at_home(Path(model))
-    if path.is_dir():
-        return str(path.resolve()), True  # a folder such as "owner/name" would be looked up on the hub
-    if is_hub_id(model) and not path.parent.is_dir():
-        return model, False
-    raise UserError(f"there is no judge {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    found = model_place(model)
+    if found is None:
+        raise UserError(f"there is no judge {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
+    return found

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import regular
+from ..core.files import refuse_larger
 from ..core.parsing import json_value, number, refusing
+from ..core.shortening import in_one_line
 from .origin import shared_as
 
 _MOST_BYTES = 2**22  # of a file
@@ -106,9 +107,7 @@ def read_sidecars(path: Path) -> Sidecar:
 
 def _read(path: Path) -> Sidecar:
     """What one file says. Raises UserError."""
-    size = regular(path).stat().st_size
-    if size > _MOST_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, and such files have at most {_MOST_BYTES:,}: it is not read")
+    refuse_larger(path, _MOST_BYTES, "such files")
     with refusing(f"{path} is not read"):
         told = json_value(path.read_bytes())
         if not isinstance(told, dict):
@@ -169,5 +168,4 @@ def _text(value: object) -> str:
     """A text in one line, without markup and what cannot be shown; "" for what is none."""
     if not isinstance(value, str):
         return ""
-    plain = html.unescape(_MARKUP.sub(" ", value[: 4 * _LONGEST]))
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in plain).split())[:_LONGEST]
+    return in_one_line(html.unescape(_MARKUP.sub(" ", value[: 4 * _LONGEST])))[:_LONGEST]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases.asked import PREDICTIONS
@@ -35,7 +36,7 @@ class Retrieval:
         self._wanted = wanted
         self._given = [choice.path for choice in given]
         self._tell = tell
-        self._known: dict[tuple[str, tuple[str, ...]], Chosen] = {}
+        self._known: dict[tuple[str, tuple[Path, ...]], Chosen] = {}
 
     def choose(self, prompt: str, tags: Sequence[Tag], shelf: Shelf) -> tuple[str, tuple[Tag, ...]]:
         """Choose adapters for a prompt.
@@ -51,10 +52,10 @@ class Retrieval:
         Raises:
             UserError: The library cannot be read.
         """
-        named_here = tuple(str(shelf.find(tag.name).path) for tag in tags)
-        key = prompt, named_here
+        own = tuple(shelf.find(tag.name).path for tag in tags)
+        key = prompt, own
         if key not in self._known:
-            without = [*self._given, *(shelf.find(tag.name).path for tag in tags)]
+            without = [*self._given, *own]
             self._known[key] = self._library.choose(
                 prompt, self._count, base=self._wanted, without=without, observers=[self._tell]
             )

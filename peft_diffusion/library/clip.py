@@ -13,13 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging as transformers_logging
 
 from ..bases import fingerprint
-from ..bases.loading import is_hub_id, quiet
+from ..bases.clip_inputs import AT_ONCE, pixels, tokens
+from ..bases.loading import model_place, quiet
 from ..bases.readers import load_reader
 from ..core.errors import UserError, first_line
-from ..core.files import at_home, if_address
+from ..core.files import if_address
 from .encoder import REFERENCE, Array, Encoder, floor_of, unit
-
-_AT_ONCE = 16
 
 
 def load(name: str) -> Encoder:
@@ -34,14 +33,13 @@ def load(name: str) -> Encoder:
     Raises:
         UserError: There is no such model, or it is neither.
     """
-    path = at_home(Path(name))
-    local = path.is_dir()
-    if not local and (not is_hub_id(name) or path.parent.is_dir()):
+    found = model_place(name)
+    if found is None:
         raise UserError(
             f"there is no encoder {name!r}: neither icons, none, nor a folder or hub id of CLIP or of a base"
             f"{if_address(name)}"
         )
-    source = str(path.resolve()) if local else name
+    source, local = found
     try:
         with quiet(transformers_logging):
             return _Both(name, source, local) if _is_clip(source, local) else _Reads(name, source, local)
@@ -80,9 +78,9 @@ class _Reads:
         self._model, self._tokenizer = self._parts(source, local)
         self._model.eval().requires_grad_(False)
         self.fingerprint = fingerprint({"model": self._model})
-        raw = self._raw(REFERENCE)
-        self._common = raw.mean(0)
-        self.floor = floor_of(self.texts(REFERENCE))
+        self._reference = self._raw(REFERENCE)
+        self._common = self._reference.mean(0)
+        self.floor = floor_of(unit(self._reference - self._common))
 
     def _parts(self, source: str, local: bool) -> tuple[Any, Any]:
         return load_reader(source, local)
@@ -99,19 +97,16 @@ class _Reads:
 
     def _raw(self, texts: Sequence[str]) -> Array:
         """Embeddings of length 1."""
-        pieces = [self._batch(list(texts[start : start + _AT_ONCE])) for start in range(0, len(texts), _AT_ONCE)]
+        pieces = [
+            self._batch(tokens(self._model, self._tokenizer, texts[start : start + AT_ONCE]))
+            for start in range(0, len(texts), AT_ONCE)
+        ]
         found: Array = F.normalize(torch.cat(pieces).float()).numpy()
         return found
 
-    def _batch(self, texts: list[str]) -> Tensor:
-        found: Tensor = self._model(**self._told(texts)).pooler_output
+    def _batch(self, told: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self._model(**told).pooler_output
         return found
-
-    def _told(self, texts: list[str]) -> dict[str, Tensor]:
-        config = self._model.config
-        most = getattr(config, "text_config", config).max_position_embeddings
-        told = self._tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
-        return {name: told[name] for name in ("input_ids", "attention_mask")}
 
 
 class _Both(_Reads):
@@ -124,7 +119,6 @@ class _Both(_Reads):
         super().__init__(name, source, local)
         self._processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
         self.scale = float(self._model.logit_scale.exp())
-        self._reference = self._raw(REFERENCE)
 
     def _parts(self, source: str, local: bool) -> tuple[Any, Any]:
         model: Any = AutoModel.from_pretrained(source, local_files_only=local)
@@ -136,13 +130,11 @@ class _Both(_Reads):
         if not images:
             return super().pictures(images)
         pieces = []
-        for start in range(0, len(images), _AT_ONCE):
-            pixels = self._processor(images=list(images[start : start + _AT_ONCE]), return_tensors="pt")["pixel_values"]
-            seen = self._model.vision_model(pixel_values=pixels.to(self._model.dtype)).pooler_output
-            pieces.append(self._model.visual_projection(seen))
+        for given in pixels(self._model, self._processor, images):
+            pieces.append(self._model.visual_projection(self._model.vision_model(pixel_values=given).pooler_output))
         found: Array = F.normalize(torch.cat(pieces).float()).numpy()
         return found, np.logaddexp.reduce(self.scale * found @ self._reference.T, axis=1)
 
-    def _batch(self, texts: list[str]) -> Tensor:
-        found: Tensor = self._model.text_projection(self._model.text_model(**self._told(texts)).pooler_output)
+    def _batch(self, told: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self._model.text_projection(self._model.text_model(**told).pooler_output)
         return found

@@ -1,6 +1,5 @@
 """What a library knows of an adapter file. Imports no torch: of a file the header is read, and all bytes for its digest."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from ..core.checksums import of_text
 from ..core.errors import UserError
-from ..core.files import stamp_of
+from ..core.files import stamp_of, weights_sha256
 from ..core.parsing import json_value, number, refusing
 from ..data.captions import split_tags
 from ..formats import plan
@@ -146,22 +146,9 @@ class Entry:
             size, modified, _ = stamp_of(self.path)
             if (size, modified) == (self.size, self.modified):
                 return ""
-            return "" if size == self.size and digest_of(self.path) == self.sha256 else "changed"
+            return "" if size == self.size and weights_sha256(self.path) == self.sha256 else "changed"
         except OSError:
             return "missing"
-
-
-def digest_of(path: Path) -> str:
-    """Digest a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The SHA-256 of its bytes, as hex digits.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def beside_of(path: Path) -> str:
@@ -174,7 +161,7 @@ def beside_of(path: Path) -> str:
         A digest of names, sizes and times.
     """
     told = [(str(one), *stamp_of(one)[:2]) for one in (*sidecars_of(path), *examples_of(path))]
-    return hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()[:16] if told else ""
+    return of_text(repr(told))[:16] if told else ""
 
 
 def read_entry(path: Path, sha256: str | None = None) -> Entry:

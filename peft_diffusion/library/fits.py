@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from ..bases import family as families
 from ..bases.embedded import ICONS
-from ..formats.origin import NOT_RUN
 
 
 class Wanted(NamedTuple):
@@ -63,26 +62,23 @@ def named(base: str) -> Wanted:
     return Wanted.of(asdict(skeleton(base).info))
 
 
-def misfit(fits: str, wanted: Wanted) -> str:
-    """Tell why an adapter does not fit a base.
+def fits(kept: str, wanted: Wanted) -> bool:
+    """Tell whether an adapter fits a base.
 
     Args:
-        fits: What the library holds of it for that: families, base, and the model that it was made for.
+        kept: What the library holds of it for that: the families of bases that it may fit, and what it says of its base.
         wanted: The base.
 
     Returns:
-        The reason; "" where it fits as far as can be told.
+        Whether it does, as far as can be told; one that tells no family fits none.
     """
-    found, told, made_for = json.loads(fits)
-    if not found:
-        return f"is for {made_for}" if made_for in NOT_RUN else "does not tell its base"
+    found, told = json.loads(kept)[:2]  # a third, which nothing asks for, in libraries that were made before
     if wanted.family not in found:
-        return f"is for {made_for or ' or '.join(found)}"
+        return False
     if wanted.prediction and told["prediction_type"] and told["prediction_type"] != wanted.prediction:
-        return f"is for a base that predicts {told['prediction_type']}"
+        return False
     if families.find(wanted.family).small:  # whose bases have nothing in common but being small
         if wanted.fingerprint and told["fingerprint"]:
-            return "" if told["fingerprint"] == wanted.fingerprint else f"is for another base, {told['name'] or 'unnamed'}"
-        if wanted.name and told["name"] != wanted.name:
-            return f"is for the base {told['name'] or 'unnamed'}"
-    return ""
+            return bool(told["fingerprint"] == wanted.fingerprint)
+        return not wanted.name or bool(told["name"] == wanted.name)
+    return True

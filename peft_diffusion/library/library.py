@@ -12,7 +12,7 @@ from typing import Self
 from ..bases.embedded import ICONS
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Never, Noted, Observer, Observers, Progress, Stop, check_stop
-from ..core.files import at_home
+from ..core.files import at_home, stamp_of
 from ..data.captions import check_trigger, with_trigger
 from .embedding import embedded_entry
 from .encoder import Encoder
@@ -20,9 +20,9 @@ from .encoders import NONE, encoder_of, refuse_other
 from .entries import Entry, beside_of, files_in, read_entry
 from .events import Added, Chosen
 from .fits import Wanted, named
-from .ranking import LEAST, Found, Ranking, Snapshot, call_of, rank
+from .ranking import LEAST, Found, Ranking, Snapshot, rank
 from .store import Row, Store, usual_place
-from .terms import terms_of
+from .terms import call_of, terms_of
 
 _AT_ONCE = 64  # files that are written together: what was read is not lost where it is stopped
 
@@ -324,8 +324,8 @@ class _Taken:
         """The entry of a file, and the number of the one that it replaces; None where nothing is to be written."""
         row = self.rows.get(path)
         try:
-            status = path.stat()
-            same = row is not None and (status.st_size, status.st_mtime_ns) == (row.size, row.modified)
+            size, modified, _ = stamp_of(path)
+            same = row is not None and (size, modified) == (row.size, row.modified)
             if row is not None and same and beside_of(path) == row.beside:
                 self._unchanged += 1
                 return None
@@ -393,10 +393,11 @@ def with_triggers(prompt: str, found: Sequence[Found], notes: list[str]) -> tupl
     said = set(terms_of(prompt))
     for place, one in reversed(list(enumerate(found))):
         trigger = one.entry.trigger
-        if not trigger or said.issuperset(term for part in call_of(trigger) for term in part):
+        words = [word for part in call_of(trigger) for word in part]
+        if not trigger or said.issuperset(words):
             continue
         if place and "{}" in trigger:
-            trigger = " ".join(word for part in call_of(trigger) for word in part)
+            trigger = " ".join(words)
         try:
             check_trigger(trigger)
         except UserError as error:
@@ -426,7 +427,7 @@ def _meant(path: Path) -> Path:
 
 
 def _below(path: Path, folders: Iterable[Path]) -> bool:
-    return any(folder == path or folder in path.parents for folder in folders)
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _named(name: str, known: dict[int, Entry]) -> dict[int, Entry]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ..core.files import regular
+from ..core.files import refuse_larger
 from ..core.parsing import refusing
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def open_example(path: Path) -> "Image.Image":
     Raises:
         UserError: It is none, or is too large.
     """
-    size = regular(path).stat().st_size
-    if size > _MOST_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, and example pictures have at most {_MOST_BYTES:,}: it is not looked at")
+    refuse_larger(path, _MOST_BYTES, "example pictures", "it is not looked at")
     with refusing(f"{path} is not looked at"):
         return _opened(path.read_bytes(), str(path))
 
@@ -111,9 +109,7 @@ def _parameters(path: Path) -> object:
     """What a PNG says it was drawn from, without a look at its pixels. Raises UserError for what is none, or too large."""
     from PIL import Image
 
-    size = regular(path).stat().st_size
-    if size > _MOST_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, and example pictures have at most {_MOST_BYTES:,}: it is not read")
+    refuse_larger(path, _MOST_BYTES, "example pictures")
     with refusing(f"{path} is not read"), Image.open(path, formats=_KINDS[:1]) as image:
         return image.info.get("parameters")
 

@@ -20,8 +20,8 @@ import numpy as np
 from ..core.shortening import brief
 from .encoder import Array, Encoder, caption_weights, near_pictures, near_texts
 from .entries import Entry
-from .fits import Wanted, misfit
-from .terms import terms_of
+from .fits import Wanted, fits
+from .terms import call_of, calls, terms_of
 from .words import COLUMNS, Index
 
 if TYPE_CHECKING:
@@ -75,20 +75,6 @@ class Found:
         return f"{self.entry.name} ({self.score:.2f}): {'; '.join(self.because)}"
 
 
-def call_of(trigger: str) -> list[list[str]]:
-    """Tell what a prompt has to hold to call an adapter.
-
-    Args:
-        trigger: One of its triggers, perhaps with ``{}`` for the caption. Of a list with commas the first is what calls it,
-            and the others say what else it shows.
-
-    Returns:
-        The terms of each part; nothing for a trigger without any.
-    """
-    parts = trigger.split("{}") if "{}" in trigger else [trigger.split(",")[0]]
-    return [list(terms) for part in parts if (terms := terms_of(part))]
-
-
 class Snapshot:
     """What of a library is held in memory to answer quickly, as of one state of the file.
 
@@ -119,20 +105,19 @@ class Snapshot:
         """The embeddings of all."""
         return Embedded.read(self._store, self.places)
 
-    def misfits(self, wanted: Wanted | None) -> tuple[Array, dict[int, str]]:
-        """Find the adapters that do not fit a base.
+    def fitting(self, wanted: Wanted | None) -> Array:
+        """Find the adapters that fit a base.
 
         Args:
             wanted: The base; None for any.
 
         Returns:
-            Whether each fits, and by kind of misfit the reason.
+            (adapters,), whether each fits.
         """
         if wanted is None:
-            return np.ones(len(self.places), bool), {}
-        reasons = {number: misfit(text, wanted) for number, text in enumerate(self._fits)}
-        good = np.array([not reasons[number] for number in range(len(self._fits))], bool)
-        return good[self._fit] if len(good) else np.ones(0, bool), reasons
+            return np.ones(len(self.places), bool)
+        found: Array = np.array([fits(text, wanted) for text in self._fits], bool)[self._fit]
+        return found
 
     def called(self, terms: Sequence[str]) -> Array:
         """Find the adapters that a prompt calls.
@@ -146,7 +131,7 @@ class Snapshot:
         found = np.zeros(len(self.places), bool)
         for term in dict.fromkeys(terms):
             for place, parts in self._calls.get(term, ()):
-                found[place] = found[place] or all(_holds(terms, part) for part in parts)
+                found[place] = found[place] or calls(terms, parts)
         return found
 
 
@@ -301,19 +286,18 @@ class Ranking:
         """
         good = np.flatnonzero(self.fitting & (self.scores >= least))
         if len(good) > count:
-            # Rounded, so that what is equal but for its last bits keeps its order.
+            # Sorts what can be among the best alone; all that equal the last of them can.
             edge = np.partition(self.scores[good], len(good) - count)[len(good) - count]
             good = good[self.scores[good] >= edge]
         order = np.argsort(-self.scores[good], kind="stable")[:count]
         return [int(place) for place in good[order]]
 
-    def found(self, places: Sequence[int], store: "Store", check: bool = True) -> list[Found]:
+    def found(self, places: Sequence[int], store: "Store") -> list[Found]:
         """Say what is known of adapters, and why they are found.
 
         Args:
             places: Theirs.
             store: The library.
-            check: Whether to see if their files are still there.
 
         Returns:
             One each, in that order.
@@ -325,15 +309,13 @@ class Ranking:
             entry = entries[number]
             told = float(self.scores[place]), float(self.words[place]), float(self.meaning[place]), bool(self.called[place])
             because = self._because(place, number, entry, columns[number], store)
-            made.append(Found(entry, *told, because, entry.status() if check else ""))
+            made.append(Found(entry, *told, because, entry.status()))
         return made
 
     def _because(self, place: int, number: int, entry: Entry, columns: Sequence[str], store: "Store") -> tuple[str, ...]:
         reasons = []
         if self.called[place]:
-            own = (
-                one for one in entry.triggers if (call := call_of(one)) and all(_holds(self.terms, part) for part in call)
-            )
+            own = (one for one in entry.triggers if (parts := call_of(one)) and calls(self.terms, parts))
             said = " ".join(next(own, entry.trigger).replace("{}", " ").split())
             reasons.append(f'the prompt has its trigger "{said}"')
         left = list(dict.fromkeys(self.terms))
@@ -370,16 +352,9 @@ def rank(snapshot: Snapshot, text: str, wanted: Wanted | None, encoder: Encoder 
         What each answers.
     """
     terms = terms_of(text)
-    fitting, _ = snapshot.misfits(wanted)
     by_words = snapshot.index.scores(terms)
     near: Array = np.zeros(len(snapshot.places), np.float32)
     each: tuple[Array, Array] = near[:0], near[:0]
     if encoder is not None and terms:
         near, each = snapshot.vectors.near(encoder, text, len(snapshot.places))
-    return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, fitting)
-
-
-def _holds(terms: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether terms stand one after the other among others."""
-    width = len(part)
-    return any(list(terms[start : start + width]) == list(part) for start in range(len(terms) - width + 1))
+    return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, snapshot.fitting(wanted))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.errors import UserError
 from ..core.files import at_home
 from .entries import Entry
+from .terms import call_of
 from .words import COLUMNS
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Vectors(NamedTuple):
     """The embeddings of an adapter.
 
     Attributes:
-        labels: Of each: what kind it is of, what was embedded, and a number that belongs to it; see `encoder.KINDS`.
+        labels: Of each: what kind it is of, what was embedded, and a number that belongs to it; see `encoder.Kind`.
         data: (count, width), float16.
     """
 
@@ -274,11 +275,9 @@ class Store:
 def _fits(entry: Entry) -> str:
     """What decides whether it fits a base; the same text for entries that are alike in it."""
     told = {key: entry.base.get(key, "") for key in ("name", "fingerprint", "prediction_type")}
-    return json.dumps([entry.families, told, entry.made_for], sort_keys=True)
+    return json.dumps([entry.families, told], sort_keys=True)
 
 
 def _calls(entry: Entry) -> str:
     """The words that call it, for each of the ways the parts that a prompt has to hold."""
-    from .ranking import call_of
-
     return json.dumps([call for trigger in entry.triggers if (call := call_of(trigger))])

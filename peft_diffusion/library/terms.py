@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 # A letter or digit of a script that writes no spaces is a term of its own: Chinese, Japanese and Korean.
 _ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -27,6 +28,39 @@ def terms_of(text: str) -> tuple[str, ...]:
     # NFKD takes Korean syllables apart; they are put together again.
     found = (match[0] for match in _TERM.finditer(unicodedata.normalize("NFKC", letters)))
     return tuple(_singular(term) for term in found if len(term) <= _LONGEST and term not in _SAY_NOTHING)
+
+
+def call_of(trigger: str) -> list[list[str]]:
+    """Tell what a prompt has to hold to call an adapter.
+
+    Args:
+        trigger: One of its triggers, perhaps with ``{}`` for the caption. Of a list with commas the first is what calls it,
+            and the others say what else it shows.
+
+    Returns:
+        The terms of each part; nothing for a trigger without any.
+    """
+    parts = trigger.split("{}") if "{}" in trigger else [trigger.split(",")[0]]
+    return [list(terms) for part in parts if (terms := terms_of(part))]
+
+
+def calls(terms: Sequence[str], parts: Iterable[Sequence[str]]) -> bool:
+    """Tell whether a prompt calls an adapter by a trigger.
+
+    Args:
+        terms: Those of the prompt.
+        parts: What `call_of` gave of the trigger.
+
+    Returns:
+        Whether the prompt holds the terms of each part one after the other.
+    """
+    return all(_holds(terms, part) for part in parts)
+
+
+def _holds(terms: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether terms stand one after the other among others."""
+    width = len(part)
+    return any(list(terms[start : start + width]) == list(part) for start in range(len(terms) - width + 1))
 
 
 def _singular(term: str) -> str:
