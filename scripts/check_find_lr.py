@@ -10,7 +10,6 @@ rate that is more than a factor of two away, or stands at an end of the grid, en
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from peft_diffusion.bases import embedded
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import TrainConfig
-from scripts.measuring import markdown_table, run
+from scripts.measuring import markdown_table, run, write_results
 
 STYLES = ("openmoji", "twemoji", "fluent-flat")
 ALLOWED = 2.0
@@ -107,8 +106,8 @@ def main() -> None:
         print(f"\n{one.style}: suggested {one.suggested:.2g}, best {one.best:.2g}, a factor of {one.times:.2f}")
         print(markdown_table(("rate", "loss after"), [[f"{rate:.2g}", f"{loss:.4f}"] for rate, loss in one.losses.items()]))
     rows = [[one.style, f"{one.suggested:.2g}", f"{one.best:.2g}", f"{one.times:.2f}"] for one in checks]
-    (arguments.output / "table.md").write_text(markdown_table(("style", "suggested", "best of the grid", "factor"), rows))
-    (arguments.output / "figures.json").write_text(json.dumps([asdict(one) for one in checks], indent=1))
+    table = markdown_table(("style", "suggested", "best of the grid", "factor"), rows)
+    write_results(arguments.output, [asdict(one) for one in checks], table)
     if not all(one.good for one in checks):
         sys.exit(f"a suggested rate is more than a factor of {ALLOWED:g} from the best, or the grid does not reach it")
 

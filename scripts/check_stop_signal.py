@@ -10,7 +10,6 @@ the chosen one is above the best (2% is allowed, or the script ends with exit co
 """
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from peft_diffusion.training.record.run_folder import RunFolder
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
-from scripts.measuring import markdown_table, run
+from scripts.measuring import markdown_table, run, write_results
 
 STYLES = ("openmoji", "twemoji", "fluent-flat")
 ALLOWED = 0.02
@@ -140,8 +139,8 @@ def main() -> None:
         rows = [[str(step), f"{one.seen_by_run[step]:.4f}", f"{one.exam[step]:.4f}"] for step in sorted(one.exam)]
         print(markdown_table(("step", "kept apart", "exam"), rows))
     rows = [[one.style, str(one.chosen), str(one.best), f"{one.above:+.2%}"] for one in checks]
-    (arguments.output / "table.md").write_text(markdown_table(("style", "chosen step", "best step", "above the best"), rows))
-    (arguments.output / "figures.json").write_text(json.dumps([asdict(one) for one in checks], indent=1))
+    table = markdown_table(("style", "chosen step", "best step", "above the best"), rows)
+    write_results(arguments.output, [asdict(one) for one in checks], table)
     if any(one.above > ALLOWED for one in checks):
         sys.exit(f"a chosen checkpoint is more than {ALLOWED:.0%} above the best")
 

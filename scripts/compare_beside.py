@@ -17,11 +17,9 @@ over seeds), and whether what was trained beside does worse alone. A run with th
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import permutations
@@ -41,15 +39,14 @@ from peft_diffusion.evaluation.gallery import encoded, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, estimate
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.settings import Sampling
-from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.tasks.diffusion import Examples
 from scripts.blends import judges
 from scripts.blends.make_data import SAMPLES
+from scripts.blends.trained import BESIDE, DROPOUT, KEEP, config_of, drawings, emptied, prompts_of
 from scripts.build_base.captions import with_article
 from scripts.build_base.make_samples import HELD_OUT
 from scripts.build_base.sources import icon_set
-from scripts.compare_blends import drawings, prompts_of
-from scripts.measuring import markdown_table, run
+from scripts.measuring import circumstances, in_processes, markdown_table, run, write_results
 
 ASKED = 1 / 3  # of the rise that has to go
 
@@ -72,18 +69,16 @@ class Variant:
 
 
 PLAIN, BOTH = "alone", "keep, dropout"
-_KEEP: dict[str, Any] = {"beside_keep": 1.0}
-_DROPOUT: dict[str, Any] = {"beside_dropout": 0.5}
 VARIANTS: Mapping[str, Variant] = {
     PLAIN: Variant(beside=False),
-    BOTH: Variant({**_KEEP, **_DROPOUT}, prompts=True),
-    "keep": Variant(_KEEP, prompts=True),
-    "dropout": Variant(_DROPOUT),
-    "keep 3, dropout": Variant({"beside_keep": 3.0, **_DROPOUT}, prompts=True),
-    "its pictures, dropout": Variant(_DROPOUT, pictures=True),
-    "keep, dropout, orthogonal": Variant({**_KEEP, **_DROPOUT, "orthogonal": 1.0}, prompts=True),
+    BOTH: Variant(BESIDE, prompts=True),
+    "keep": Variant(KEEP, prompts=True),
+    "dropout": Variant(DROPOUT),
+    "keep 3, dropout": Variant({"beside_keep": 3.0, **DROPOUT}, prompts=True),
+    "its pictures, dropout": Variant(DROPOUT, pictures=True),
+    "keep, dropout, orthogonal": Variant({**BESIDE, "orthogonal": 1.0}, prompts=True),
     "parts of a basis": Variant(beside=False, basis=True),
-    "keep, dropout, then the first": Variant({**_KEEP, **_DROPOUT}, prompts=True, onto=BOTH),
+    "keep, dropout, then the first": Variant(BESIDE, prompts=True, onto=BOTH),
 }
 """By name; each after what it takes files of."""
 
@@ -136,12 +131,7 @@ def main() -> None:
 
 def _spread(work: Any, jobs: Sequence[Any], options: argparse.Namespace, began: float) -> None:
     """Do jobs in several processes, none of which begins one when the time is over."""
-    if not jobs:
-        return
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), options.processes), _begin, (began, options)) as pool:
-        for told in pool.imap_unordered(work, jobs, chunksize=1):
-            if told:
-                print(f"{time.monotonic() - began:6.1f} s  {told}", flush=True)
+    in_processes(work, jobs, options.processes, began, _begin, (began, options))
 
 
 _ENDS = [float("inf")]  # by the clock of all processes: when no job begins any more
@@ -189,18 +179,7 @@ def file_of(seed: int, style: str, options: argparse.Namespace) -> Path:
 def _train(seed: int, style: str, file: Path, options: argparse.Namespace, given: Mapping[str, Any]) -> float:
     """Train with the package's defaults, but for what is given; how long it took."""
     began = time.monotonic()
-    more = {**({"steps": options.train_steps} if options.train_steps else {}), **given}
-    config = TrainConfig(
-        (drawings(options.data, style),),
-        output=file,
-        run_dir=options.output / "runs" / file.stem,
-        device=options.device,
-        preview_steps=0,
-        overwrite=True,
-        seed=seed,
-        **more,
-    )
-    train(config, pipe=_base(options.device))
+    train(config_of(style, file, options, {"seed": seed, **given}), pipe=_base(options.device))
     return time.monotonic() - began
 
 
@@ -268,24 +247,14 @@ def measure_one(job: tuple[Job, argparse.Namespace]) -> str:
     trained = time.monotonic() - began
     bench = _workbench(options.device, options.data, options.output / "held", tuple(options.styles))
     found: dict[str, Any] = {"job": vars(one), "seconds": trained}
-    with _loaded(bench.adapters, one, files):
+    with emptied(bench.adapters):
+        for name, file in zip((one.first, one.second), files, strict=True):
+            bench.adapters.load(file, name=name)
         for side, own in (("first", one.first), ("second", one.second)):
             for kind, amounts in (("alone", {own: 1.0}), ("both", {one.first: 1.0, one.second: 1.0})):
                 found[f"{side} {kind}"] = _measured(bench, own, amounts, options)
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return f"{one.stem}: trained in {trained:.0f} s, measured in {time.monotonic() - began - trained:.0f} s"
-
-
-@contextmanager
-def _loaded(adapters: Adapters, job: Job, files: tuple[Path, Path]) -> Iterator[None]:
-    """Both adapters on the base."""
-    try:
-        for name, file in zip((job.first, job.second), files, strict=True):
-            adapters.load(file, name=name)
-        yield
-    finally:
-        for name in adapters.names:
-            adapters.remove(name)
 
 
 def _measured(bench: Workbench, own: str, amounts: Mapping[str, float], options: argparse.Namespace) -> dict[str, Any]:
@@ -323,10 +292,7 @@ def report(options: argparse.Namespace) -> None:
         "told right alone, first", "second", "with the other, first", "second",
     )  # fmt: skip
     text = markdown_table(headings, rows)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    told = {"device": device, "settings": {name: str(value) for name, value in vars(options).items()}, "rows": figures}
-    (options.output / "figures.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    (options.output / "table.md").write_text(text, encoding="utf-8")
+    write_results(options.output, circumstances(options) | {"rows": figures}, text)
     print(text)
 
 

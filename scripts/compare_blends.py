@@ -20,7 +20,6 @@ takes those of other runs too, so that pairs and ways may be measured side by si
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
@@ -39,19 +38,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion.api import train, train_composition
-from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.bases import load_base
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.data.folder import scan
 from peft_diffusion.evaluation.drawings import pixels_of
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.blend import shares as row_of
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
-from peft_diffusion.training import ComposeTrainConfig, TrainConfig
+from peft_diffusion.training import ComposeTrainConfig
 from scripts.blends import curves, judges
+from scripts.blends.trained import BESIDE, config_of, drawings, emptied, prompts_of
 from scripts.blends.ways import ENDS, SHARES, Merged, Pair, Point, Way, beside_name, every, merge_one, merges
 from scripts.build_base.captions import with_article
-from scripts.measuring import markdown_table, run
+from scripts.measuring import circumstances, in_processes, markdown_table, run, say, write_results
 
 SUBJECTS = ("red apple", "cat face", "house", "grinning face", "rocket", "guitar")  # which no adapter was shown
 SCENES = (
@@ -59,7 +58,6 @@ SCENES = (
     ("sad", "orange"),
 )  # fmt: skip
 WORDS = {"openmoji": "openmoji emoji of", "fluent-flat": "fluent flat emoji of", "streamline-emojis": "streamline emoji of"}
-BESIDE: dict[str, Any] = {"beside_keep": 1.0, "beside_dropout": 0.5}  # how an adapter is trained beside another one
 SCORES = "scores.safetensors"
 COLUMNS = 7  # of a row from all of one to all of the other
 
@@ -104,7 +102,7 @@ class Found:
 
     def say(self, text: str) -> None:
         """Tell a line, with the seconds since the start."""
-        print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
+        say(text, self.began)
 
     def take(self, folder: Path) -> None:
         """Take the scores that a run wrote."""
@@ -205,46 +203,21 @@ def _train_all(
             for name, (what, beside) in wanted.items()
             if not (file := folder / f"{name}.safetensors").exists()
         ]
-        if not jobs:
-            continue
-        with multiprocessing.get_context("spawn").Pool(min(len(jobs), options.trainings)) as pool:
-            for name in pool.imap_unordered(train_one, jobs, chunksize=1):
-                print(f"{time.monotonic() - began:6.1f} s  trained {name}", flush=True)
+        in_processes(train_one, jobs, options.trainings, began)
 
 
 def train_one(job: tuple[str, str | None, Path, argparse.Namespace]) -> str:
-    """Train an adapter, and give its name."""
+    """Train an adapter by the defaults of its kind, and beside another one as the guide has it."""
     what, beside, file, options = job
-    train(_training(what, beside, file, options), pipe=load_base("icons", device=options.device))
-    return file.stem
-
-
-def _training(what: str, beside: str | None, file: Path, options: argparse.Namespace) -> TrainConfig:
-    """How an adapter is trained: by the defaults of its kind, and beside another one as the guide has it."""
-    given: dict[str, Any] = {"steps": options.train_steps} if options.train_steps else {}
-    is_character = (options.data / "subjects" / what).exists()
-    if is_character:
+    given: dict[str, Any] = {}
+    if (options.data / "subjects" / what).exists():
         given |= {"preset": "subject", "trigger": what}
     if beside is not None:
         given |= BESIDE
         given["beside"] = (f"{file.parent / beside}.safetensors",)
         given["beside_prompt"] = tuple(prompts_of(drawings(options.data, beside)))
-    return TrainConfig(
-        (drawings(options.data, what),),
-        output=file,
-        run_dir=options.output / "runs" / file.stem,
-        device=options.device,
-        preview_steps=0,
-        overwrite=True,
-        **given,
-    )
-
-
-def prompts_of(folder: Path) -> list[str]:
-    """The captions of a folder that is trained on, which call its adapter."""
-    found = scan(folder)
-    found.check()
-    return [picture.caption for picture in found.pictures if picture.caption is not None]
+    train(config_of(what, file, options, given), pipe=load_base("icons", device=options.device))
+    return f"trained {file.stem}"
 
 
 def _learn(found: Measure, pairs: Sequence[Pair], way: Way) -> None:
@@ -265,13 +238,6 @@ def _learn(found: Measure, pairs: Sequence[Pair], way: Way) -> None:
         made = train_composition(config, pipe=found.adapters.pipe)
         told = ", ".join(f"{before:.4f} to {after:.4f}" for before, after in zip(made.before, made.after, strict=True))
         found.say(f"{pair.name}: {way.name}: losses of both {told}, {made.seconds:.0f} s")
-
-
-def drawings(data: Path, name: str) -> Path:
-    """The drawings that an adapter was trained on."""
-    kind = "subjects" if (data / "subjects" / name).exists() else "styles"
-    own = data / kind / name / "train"
-    return own if own.exists() else embedded(f"{kind}/{name}")
 
 
 @contextmanager
@@ -304,16 +270,6 @@ def _draw(found: Measure, cells: Sequence[Cell], compose: str = "add", file: Pat
     return pixels_of(list(paint(found.adapters, filled, sampling)))[: len(cells)]
 
 
-@contextmanager
-def _loaded(found: Measure, way: Way, pair: Pair) -> Iterator[Any]:
-    """The adapters of a way on the base."""
-    try:
-        yield way.load(found.adapters, pair, found.folder)
-    finally:
-        for name in found.adapters.names:
-            found.adapters.remove(name)
-
-
 def points_of(way: Way, options: argparse.Namespace) -> list[Point]:
     """The points of a way: of both ends, and between."""
     return [*ENDS, *way.points[: options.points]]
@@ -325,7 +281,8 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
     if not way.draws_ends:
         points = points[len(ENDS) :]
     seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
-    with _loaded(found, way, pair) as strengths:
+    with emptied(found.adapters):
+        strengths = way.load(found.adapters, pair, found.folder)
         if strengths is None:
             found.say(f"{pair.name}: there is no file for {way.name}")
             return
@@ -375,7 +332,8 @@ def _rows(found: Measure, pair: Pair) -> None:
     seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
     mixes = row_of(2, COLUMNS)
     for kind in ("plain", "calibrated"):
-        with _loaded(found, Way("plain"), pair):
+        with emptied(found.adapters):
+            Way("plain").load(found.adapters, pair, found.folder)
             cells = []
             for seed in seeds:  # a sheet has one seed, for which it is calibrated
                 parts = mixes
@@ -409,11 +367,8 @@ def report(found: Found, pairs: Sequence[Pair]) -> None:
         if several
     }
     text = [_volumes_table(figures, names, totals), _balance_table(figures, names), _rows_table(found)]
-    (output / "table.md").write_text("\n".join(text), encoding="utf-8")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    summary = {"device": device, "settings": {name: str(value) for name, value in vars(found.options).items()},
-               "pairs": figures, "together": totals, "rows": found.rows}  # fmt: skip
-    (output / "figures.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    told = circumstances(found.options) | {"pairs": figures, "together": totals, "rows": found.rows}
+    write_results(output, told, "\n".join(text))
     found.keep()
     for pair in known:
         _plot(found, pair)

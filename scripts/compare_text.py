@@ -11,7 +11,6 @@ Perplexity is that on text that nothing learns from (Ecclesiastes and the Song o
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -47,7 +46,7 @@ from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
-from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
+from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words, write_results
 
 HEAD = "+head"
 METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bottleneck", "prefix", "prompt", f"lora{HEAD}", f"dora{HEAD}")
@@ -328,8 +327,7 @@ def main() -> None:
     console.print(table)
     for line in verdict(found):
         console.print(line)
-    (options.output / "figures.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-    (options.output / "table.md").write_text(markdown(found))
+    write_results(options.output, asdict(found), markdown(found))
 
 
 def _options() -> argparse.Namespace:

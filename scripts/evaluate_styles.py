@@ -43,7 +43,7 @@ from scripts.build_base.judge import Gallery, packed_galleries
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
-from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
+from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words, write_results
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,7 @@ def _report(rows: Sequence[tuple[str, ...]], figures: dict[str, Any], output: Pa
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    (output / "table.md").write_text(markdown_table(HEADINGS, rows))
-    (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_results(output, figures, markdown_table(HEADINGS, rows))
 
 
 def _options() -> argparse.Namespace:

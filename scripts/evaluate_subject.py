@@ -18,7 +18,6 @@ The pictures that training did not show come from npm (Node.js is needed). Write
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.training import TrainConfig
 from scripts.build_base.make_samples import CHARACTER, HELD_BACK, SUBJECTS, Scene, install, portraits
 from scripts.build_base.sources import CACHE
-from scripts.measuring import markdown_table, run
+from scripts.measuring import markdown_table, run, write_results
 
 HEADINGS = ("", "likeness", "told the character", "loss falls by", "the rest moved by", "parameters", "training")
 STYLES = ("noto emoji of", "3d emoji of", "android blob emoji of", "firefox emoji of")
@@ -99,8 +98,7 @@ def main() -> None:
         figures[name] = found.plain() | {"seconds": seconds.get(name)}
     table = markdown_table(HEADINGS, rows)
     console.print(table)
-    (options.output / "table.md").write_text(table)
-    (options.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_results(options.output, figures, table)
 
 
 def _evaluated(file: Path, held_back: Path, others: Path, pipe: Any, options: argparse.Namespace) -> Evaluation:

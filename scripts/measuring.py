@@ -1,15 +1,21 @@
-"""What the scripts that compare have in common: how they end, the peak of memory, and tables as Markdown."""
+"""What the scripts that compare have in common: how they end, processes, the peak of memory, tables and what is written."""
 
+import argparse
+import json
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from peft_diffusion.core.errors import UserError
 
 MIB = 2**20
+Job = TypeVar("Job")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -18,6 +24,40 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def say(text: str, began: float) -> None:
+    """Tell a line, with the seconds since the start."""
+    print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
+
+
+def in_processes(
+    work: Callable[[Job], str],
+    jobs: Sequence[Job],
+    processes: int,
+    began: float,
+    begin: Callable[..., object] | None = None,
+    given: Iterable[Any] = (),
+) -> None:
+    """Do jobs in several processes, each of which begins by ``begin(*given)``, and tell what is said of each; "" is not."""
+    if not jobs:
+        return
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), processes), begin, given) as pool:
+        for told in pool.imap_unordered(work, jobs, chunksize=1):
+            if told:
+                say(told, began)
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """On which device figures were found, and with which settings."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "settings": {name: str(value) for name, value in vars(options).items()}}
+
+
+def write_results(folder: Path, figures: Any, table: str) -> None:
+    """Write ``figures.json`` and ``table.md``."""
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table, encoding="utf-8")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -19,9 +20,11 @@ from peft_diffusion.tools.tool_settings import How
 from peft_diffusion.training.settings.composing import Kind
 from scripts import compare_beside, compare_blends
 from scripts.blends import curves, judges, make_data, ways
+from scripts.blends.trained import BESIDE, config_of
 from scripts.build_base.make_samples import HELD_OUT
 from scripts.compare_beside import BOTH, PLAIN, Compared, Job, Variant
 from scripts.compare_blends import PAIRS, Found, points_of, report
+from scripts.measuring import in_processes
 
 
 def test_volume_is_that_of_the_boxes_below_the_points() -> None:
@@ -146,6 +149,24 @@ def test_data_of_a_style_parts_what_is_learned_known_and_held(tmp_path: Path, mo
     made = (folder / "train" / "metadata.jsonl").stat().st_mtime_ns
     make_data.make_style("emojione", "emojione", tmp_path, shared, trains=True)  # is there
     assert (folder / "train" / "metadata.jsonl").stat().st_mtime_ns == made
+
+
+def test_adapters_are_trained_by_the_defaults_but_for_what_is_given(tmp_path: Path) -> None:
+    options = argparse.Namespace(data=tmp_path, output=tmp_path, device="cpu", train_steps=7)
+    made = config_of("openmoji", tmp_path / "a.safetensors", options, {"seed": 3, **BESIDE, "beside": ("b.safetensors",)})
+    assert (made.steps, made.seed, made.beside_keep, made.run_dir) == (7, 3, 1.0, tmp_path / "runs" / "a")
+    assert made.folder == (embedded("styles/openmoji"),)
+    (own := tmp_path / "styles" / "openmoji" / "train").mkdir(parents=True)
+    options.train_steps = None
+    again = config_of("openmoji", tmp_path / "a.safetensors", options, {})
+    assert again.folder == (own,) and (again.steps, again.beside) == (None, ())
+
+
+@pytest.mark.slow
+def test_what_processes_say_of_their_jobs_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    in_processes(str.strip, ["one", " ", "two"], 2, time.monotonic())
+    told = [line.split(" s  ") for line in capfd.readouterr().out.splitlines()]
+    assert sorted(words for _, words in told) == ["one", "two"] and all(float(seconds) >= 0 for seconds, _ in told)
 
 
 def options(output: Path, *others: Path) -> argparse.Namespace:
