@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ from scripts.measuring import markdown_table, run
 
 KINDS = ("text", "caption", "caption", "caption", "picture", "picture")
 WORDS = 20_000
+SHARES = 1 / np.arange(1, WORDS + 1)
+SHARES /= SHARES.sum()
 
 
 class Random:
@@ -60,7 +63,7 @@ class Random:
 
     def asked(self, text: str) -> Array:
         """Two columns that are the same for the same text."""
-        rng = np.random.default_rng(abs(hash(text)) % 2**32)
+        rng = np.random.default_rng(zlib.crc32(text.encode()))
         return np.ascontiguousarray(unit(rng.normal(size=(2, self.width))).T)
 
 
@@ -110,13 +113,11 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 def made(folder: Path, count: int, rng: np.random.Generator, encoder: Random) -> list[Entry]:
     """The library's file; returns its entries."""
-    shares = 1 / np.arange(1, WORDS + 1)
-    shares /= shares.sum()
     entries = []
     store = Store(folder / "library.sqlite3")
     with store.changing():
         for number in range(count):
-            words = [f"w{word}" for word in rng.choice(WORDS, 70, p=shares)]
+            words = [f"w{word}" for word in rng.choice(WORDS, 70, p=SHARES)]
             path = folder / f"adapter{number}.safetensors"
             path.touch()
             told = path.stat()
@@ -136,8 +137,7 @@ def made(folder: Path, count: int, rng: np.random.Generator, encoder: Random) ->
 
 def prompt(rng: np.random.Generator, entries: Sequence[Entry]) -> str:
     """Words as frequent as words are, and in one of two prompts a trigger."""
-    shares = 1 / np.arange(1, WORDS + 1)
-    words = [f"w{word}" for word in rng.choice(WORDS, int(rng.integers(8, 21)), p=shares / shares.sum())]
+    words = [f"w{word}" for word in rng.choice(WORDS, int(rng.integers(8, 21)), p=SHARES)]
     return " ".join([*words, entries[int(rng.integers(len(entries)))].trigger] if rng.random() < 0.5 else words)
 
 

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.data.captions import tag_frequency
 from peft_diffusion.formats.sidecars import read_sidecars
 from peft_diffusion.generation import recipe
+from peft_diffusion.generation.asked import order
+from peft_diffusion.generation.retrieval import retrieval
 from peft_diffusion.library import Library
 from peft_diffusion.library import library as libraries
 from peft_diffusion.library.encoder import floor_of, near_texts
@@ -45,7 +48,7 @@ def adapter(
 ) -> Path:
     """A LoRA of one layer, as kohya's trainer writes it; its bytes differ with its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(abs(hash(path.name)) if seed is None else seed)
+    rng = np.random.default_rng(zlib.crc32(path.name.encode()) if seed is None else seed)
     shapes = {"lora_down.weight": (2, width), "lora_up.weight": (320, 2), "alpha": ()}
     tensors = {f"{site}.{name}": np.asarray(rng.normal(size=shape), np.float32) for name, shape in shapes.items()}
     save_file(tensors, path, dict(told or {}))
@@ -339,6 +342,22 @@ def test_adapters_are_chosen_with_their_triggers(library: Library, shelf: Path) 
     adapter(shelf / "c4.safetensors", {"modelspec.trigger_phrase": "zkw style"})
     library.add([shelf])
     assert "it has the triggers of" in library.choose("zkw style", 2).message
+
+
+def test_what_a_region_names_is_not_chosen_for_the_whole_picture(library: Library, shelf: Path) -> None:
+
+    def chosen(region: pd.Region) -> list[str]:
+        config = pd.GenerateConfig(
+            "a pencil drawing of a cat", auto=1, library=library.path, base="sd1", adapters_dir=shelf, region=[region]
+        )
+        with retrieval(config, None, (), lambda event: None) as used:
+            ((one,),) = order(config, (), literal=False, retrieval=used).rows
+        return [Path(tag.name).stem for tag in one.tags]
+
+    half = (0.0, 0.0, 0.5, 1.0)
+    assert chosen(pd.Region(box=half)) == ["a1"]
+    assert chosen(pd.Region(box=half, adapter=os.path.relpath(shelf / "a1.safetensors"))) == []
+    assert chosen(pd.Region(box=half, prompt="a dog <lora:a1:0.5>")) == []
 
 
 @pytest.mark.slow

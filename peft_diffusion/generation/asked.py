@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -244,7 +244,9 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, r
         read = PromptLine(line, {}) if literal else parse_line(line)
         one = _of_line(config, read.prompt, read.told)
         row = [_picture(one, read.prompt, seed, wildcards, literal) for seed in one.all_seeds()]
-        rows.append(tuple(row if retrieval is None else (_with_chosen(asked, retrieval, shelf) for asked in row)))
+        if retrieval is not None:
+            row = [_with_chosen(asked, retrieval, shelf, in_regions) for asked in row]
+        rows.append(tuple(row))
     of_regions = {one.key: replace(one, strength=1.0, parts=None) for said in in_regions for one in said}
     only_there = [one for key, one in of_regions.items() if key not in {choice.key for choice in choices}]
     tags = [tag for row in rows for one in row for tag in one.all_tags]
@@ -269,8 +271,7 @@ def _of_regions(config: GenerateConfig, shelf: Shelf) -> tuple[tuple[Choice, ...
 
 def _alike(choice: Choice, known: Sequence[Choice]) -> Choice:
     """The choice by the path by which the same file is known already: by another it would be loaded, and act, twice."""
-    same = (one for one in known if one.key[1:] == choice.key[1:] and one.path.samefile(choice.path))
-    return replace(choice, path=next((one.path for one in same), choice.path))
+    return replace(choice, path=next((one.path for one in known if choice.is_same(one)), choice.path))
 
 
 def _in_region(text: str, shelf: Shelf) -> Choice:
@@ -305,10 +306,11 @@ def _picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcard
     return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)
 
 
-def _with_chosen(asked: Asked, retrieval: Retrieval, shelf: Shelf) -> Asked:
-    """A picture with the adapters that a library chooses for its prompt."""
-    prompt, tags = retrieval.choose(asked.prompt, asked.tags, shelf)
-    return replace(asked, prompt=prompt, tags=tags)
+def _with_chosen(asked: Asked, retrieval: Retrieval, shelf: Shelf, in_regions: Sequence[Sequence[Choice]]) -> Asked:
+    """A picture with the adapters that a library chooses for its prompt, beside those that it and its regions name."""
+    named = [shelf.find(tag.name) for tag in asked.all_tags]
+    prompt, tags = retrieval.choose(asked.prompt, [one.path for one in chain(named, *in_regions)], shelf)
+    return replace(asked, prompt=prompt, tags=(*asked.tags, *tags))
 
 
 def read_all(config: Sampling, choices: Sequence[Choice], seed: int) -> tuple[list[Read], tuple[Choice, ...], Shelf]:

@@ -38,33 +38,31 @@ class Retrieval:
         self._tell = tell
         self._known: dict[tuple[str, tuple[Path, ...]], Chosen] = {}
 
-    def choose(self, prompt: str, tags: Sequence[Tag], shelf: Shelf) -> tuple[str, tuple[Tag, ...]]:
+    def choose(self, prompt: str, used: Sequence[Path], shelf: Shelf) -> tuple[str, tuple[Tag, ...]]:
         """Choose adapters for a prompt.
 
         Args:
             prompt: As it is drawn.
-            tags: The adapters that it names itself.
-            shelf: Where those are found; takes those that are chosen.
+            used: The files of adapters that its picture is drawn with beside those that are given.
+            shelf: Where adapters are found; takes those that are chosen.
 
         Returns:
-            The prompt with the triggers that it lacked, and the adapters that it names and that were chosen.
+            The prompt with the triggers that it lacked, and the adapters that were chosen.
 
         Raises:
             UserError: The library cannot be read.
         """
-        own = tuple(shelf.find(tag.name).path for tag in tags)
-        key = prompt, own
+        key = prompt, tuple(used)
         if key not in self._known:
-            without = [*self._given, *own]
             self._known[key] = self._library.choose(
-                prompt, self._count, base=self._wanted, without=without, observers=[self._tell]
+                prompt, self._count, base=self._wanted, without=[*self._given, *used], observers=[self._tell]
             )
-        chosen, more = self._known[key], []
+        chosen, tags = self._known[key], []
         for one in chosen.found:
             name = str(one.entry.path)
             shelf.chosen[name] = Choice(one.entry.path)
-            more.append(Tag(name, one.strength, one.strength))
-        return chosen.prompt, (*tags, *more)
+            tags.append(Tag(name, one.strength, one.strength))
+        return chosen.prompt, tuple(tags)
 
 
 @contextmanager

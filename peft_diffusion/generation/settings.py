@@ -119,6 +119,17 @@ class Choice:
         """What of a file is meant."""
         return self.path, self.component, self.word
 
+    def is_same(self, other: "Choice") -> bool:
+        """Tell whether another choice means the same of the same file, by whatever path.
+
+        Args:
+            other: The other. The files of both are there.
+
+        Returns:
+            Whether it does; strengths do not matter.
+        """
+        return self.key[1:] == other.key[1:] and self.path.samefile(other.path)
+
     @property
     def text(self) -> str:
         """The choice as ``parse_choice`` reads it."""
@@ -223,7 +234,7 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     known = {} if plans is None else plans
     found = tuple(parse_choice(text) for text in texts)
     for index, choice in enumerate(found):
-        if any(choice.path.samefile(one.path) and choice.key[1:] == one.key[1:] for one in found[:index]):
+        if any(choice.is_same(one) for one in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
         if not takes_torch(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
             known[choice.key] = plan(choice.path, component=choice.component, word=choice.word)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -184,7 +184,7 @@ def read_entry(path: Path, sha256: str | None = None) -> Entry:
     aside, metadata = read_sidecars(path), found.header.metadata
     examples = examples_of(path)
     drawn, notes = prompts_of(examples)
-    tags = _tags(found, aside)
+    tags, spoken = _tags(found, aside), triggers_of(found)
     lead = lead_of(tags)
     entry = Entry(
         path=path,
@@ -195,8 +195,8 @@ def read_entry(path: Path, sha256: str | None = None) -> Entry:
         name=title(path),
         title=_title(found, aside),
         description=_one_line(_description(found), aside.description),
-        trigger=_trigger(found, aside) or lead,
-        triggers=tuple(dict.fromkeys((*triggers_of(found), *aside.triggers))) or tuple(filter(None, (lead,))),
+        trigger=_trigger(found, aside, spoken) or lead,
+        triggers=tuple(dict.fromkeys((*spoken, *aside.triggers))) or tuple(filter(None, (lead,))),
         tags=tags,
         captions=tuple(dict.fromkeys((*aside.captions, *drawn)))[:_MOST_CAPTIONS],
         examples=examples,
@@ -230,10 +230,10 @@ def _description(found: Plan) -> str:
     return own or found.header.metadata.get("modelspec.description", "")
 
 
-def _trigger(found: Plan, aside: Sidecar) -> str:
+def _trigger(found: Plan, aside: Sidecar, spoken: Sequence[str]) -> str:
     """What a person wrote beside the file counts most; then what the file says."""
     own = found.spec.trigger if found.spec is not None else ""
-    return next((one for one in (*aside.triggers[:1], own, *triggers_of(found)) if one), "")
+    return next((one for one in (*aside.triggers[:1], own, *spoken) if one), "")
 
 
 def _strength(found: Plan, aside: Sidecar) -> float:

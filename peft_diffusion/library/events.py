@@ -1,9 +1,7 @@
 """What happens in a library, as data. Imports no torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from ..core.events import Event, Noted
 from ..core.wording import number_of
@@ -61,12 +59,24 @@ class Added(Event):
         return tuple(lines)
 
 
+def others_told(others: int) -> str:
+    """Say that adapters were left out because of the base.
+
+    Args:
+        others: How many.
+
+    Returns:
+        That, in a line.
+    """
+    return f"{others} more would be found, but do not fit the base, or do not tell theirs"
+
+
 @dataclass(frozen=True)
 class Chosen(Noted):
     """Adapters were chosen for a prompt.
 
     Attributes:
-        message: All of it in words.
+        message: All that follows in words.
         written: The prompt as it was written.
         prompt: As it is drawn, with the triggers that were added.
         found: The adapters, the best first.
@@ -75,6 +85,7 @@ class Chosen(Noted):
         notes: What was left out otherwise, and why.
     """
 
+    message: str = field(init=False)
     written: str
     prompt: str
     found: tuple[Found, ...]
@@ -82,38 +93,19 @@ class Chosen(Noted):
     others: int
     notes: tuple[str, ...]
 
-    @classmethod
-    def of(
-        cls,
-        written: str,
-        prompt: str,
-        found: Sequence[Found],
-        added: Sequence[str],
-        others: int,
-        notes: Sequence[str],
-    ) -> Self:
-        """Say what was chosen.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", "\n".join(self._said()))
 
-        Args:
-            written: See the attributes, as for all that follow.
-            prompt: See there.
-            found: See there.
-            added: See there.
-            others: See there.
-            notes: See there.
-
-        Returns:
-            The event, with its message.
-        """
-        lines = [f'for "{written}" {one.strength:g} of {one.line()}' for one in found]
-        if not found:
-            lines.append(f'for "{written}" no adapter of the library is meant')
-        if others:
-            lines.append(f"{others} more would be found, but do not fit the base, or do not tell theirs")
-        lines += notes
-        if added:
-            lines.append(f'added to the prompt: {", ".join(added)}; it is now "{prompt}"')
-        return cls("\n".join(lines), written, prompt, tuple(found), tuple(added), others, tuple(notes))
+    def _said(self) -> list[str]:
+        lines = [f'for "{self.written}" {one.strength:g} of {one.line()}' for one in self.found]
+        if not self.found:
+            lines.append(f'for "{self.written}" no adapter of the library is meant')
+        if self.others:
+            lines.append(others_told(self.others))
+        lines += self.notes
+        if self.added:
+            lines.append(f'added to the prompt: {", ".join(self.added)}; it is now "{self.prompt}"')
+        return lines
 
     def lines(self) -> tuple[str, ...]:
         """Tell it to a person."""

@@ -18,7 +18,7 @@ from .embedding import embedded_entry
 from .encoder import Encoder
 from .encoders import NONE, encoder_of, refuse_other
 from .entries import Entry, beside_of, files_in, read_entry
-from .events import Added, Chosen
+from .events import Added, Chosen, others_told
 from .fits import Wanted, named
 from .ranking import LEAST, Found, Ranking, Snapshot, rank
 from .store import Row, Store, usual_place
@@ -161,7 +161,7 @@ class Library:
         ranking = self._ranked(query, wanted, words_only, tell)
         found = ranking.found(ranking.best(limit, _ANY), self._store)
         if ranking.others:
-            tell(Noted(f"{ranking.others} more would be found, but do not fit the base, or do not tell theirs"))
+            tell(Noted(others_told(ranking.others)))
         return found
 
     def choose(
@@ -208,7 +208,7 @@ class Library:
             if len(found) == count:
                 break
         drawn, added = with_triggers(prompt, found, notes)
-        made = Chosen.of(prompt, drawn, found, added, ranking.others, notes)
+        made = Chosen(prompt, drawn, tuple(found), tuple(added), ranking.others, tuple(notes))
         tell(made)
         return made
 
