@@ -115,7 +115,7 @@ def main() -> None:
     if not options.only_report:
         _caption_held(options)
         alone = [(seed, style, options) for seed in options.seeds for style in options.styles]
-        _spread(train_alone, alone, options, began)
+        in_processes(train_alone, alone, options.processes, began, options.minutes, threads=1)
         ordered = [
             Job(seed, first, second, name)
             for seed in options.seeds
@@ -125,25 +125,8 @@ def main() -> None:
         ordered.sort(key=lambda job: job.variant not in (PLAIN, BOTH))  # what matters most, of all seeds, before the rest
         for last in (False, True):  # what trains onto another variant needs its files
             jobs = [(job, options) for job in ordered if (VARIANTS[job.variant].onto is not None) == last]
-            _spread(measure_one, jobs, options, began)
+            in_processes(measure_one, jobs, options.processes, began, options.minutes, threads=1)
     report(options)
-
-
-def _spread(work: Any, jobs: Sequence[Any], options: argparse.Namespace, began: float) -> None:
-    """Do jobs in several processes, none of which begins one when the time is over."""
-    in_processes(work, jobs, options.processes, began, _begin, (began, options))
-
-
-_ENDS = [float("inf")]  # by the clock of all processes: when no job begins any more
-
-
-def _begin(began: float, options: argparse.Namespace) -> None:
-    _ENDS[0] = began + 60 * options.minutes
-    torch.set_num_threads(1)
-
-
-def _late() -> bool:
-    return time.monotonic() > _ENDS[0]
 
 
 def _caption_held(options: argparse.Namespace) -> None:
@@ -164,7 +147,7 @@ def train_alone(job: tuple[int, str, argparse.Namespace]) -> str:
     """Train a style alone, where there is no file yet."""
     seed, style, options = job
     file = file_of(seed, style, options)
-    if file.exists() or _late():
+    if file.exists():
         return ""
     seconds = _train(seed, style, file, options, {})
     return f"{file.stem}: trained in {seconds:.0f} s"
@@ -237,7 +220,7 @@ def measure_one(job: tuple[Job, argparse.Namespace]) -> str:
     """Train what a job needs, measure both adapters, and write what was found."""
     one, options = job
     path = options.output / "results" / f"{one.stem}.json"
-    if path.exists() or _late():
+    if path.exists():
         return ""
     began = time.monotonic()
     try:

@@ -50,7 +50,7 @@ from scripts.blends import curves, judges
 from scripts.blends.trained import BESIDE, config_of, drawings, emptied, prompts_of
 from scripts.blends.ways import ENDS, SHARES, Merged, Pair, Point, Way, beside_name, every, merge_one, merges
 from scripts.build_base.captions import with_article
-from scripts.measuring import circumstances, in_processes, markdown_table, run, say, write_results
+from scripts.measuring import circumstances, in_processes, late, markdown_table, run, say, write_results
 
 SUBJECTS = ("red apple", "cat face", "house", "grinning face", "rocket", "guitar")  # which no adapter was shown
 SCENES = (
@@ -98,7 +98,7 @@ class Found:
     @property
     def late(self) -> bool:
         """Whether the time is over."""
-        return time.monotonic() - self.began > 60 * float(self.options.minutes)
+        return late(self.began, self.options.minutes)
 
     def say(self, text: str) -> None:
         """Tell a line, with the seconds since the start."""
@@ -176,7 +176,7 @@ def _take(found: Found) -> None:
 def _measure_all(found: Measure, pairs: Sequence[Pair], way: Way, merged: Callable[[], object]) -> None:
     """Measure all pairs in a way, but for those that are known."""
     asked = [pair for pair in pairs if not found.measured(pair, way)]
-    if isinstance(way, Merged) and asked:
+    if isinstance(way, Merged) and asked and not found.late:
         merged()
     if way.kind is not None:
         _learn(found, asked, way)
@@ -203,7 +203,7 @@ def _train_all(
             for name, (what, beside) in wanted.items()
             if not (file := folder / f"{name}.safetensors").exists()
         ]
-        in_processes(train_one, jobs, options.trainings, began)
+        in_processes(train_one, jobs, options.trainings, began, options.minutes)
 
 
 def train_one(job: tuple[str, str | None, Path, argparse.Namespace]) -> str:

@@ -5,8 +5,9 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,21 +32,34 @@ def say(text: str, began: float) -> None:
     print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
 
 
+def late(began: float, minutes: float) -> bool:
+    """Whether so many minutes are over since the start."""
+    return time.monotonic() - began > 60 * minutes
+
+
 def in_processes(
     work: Callable[[Job], str],
     jobs: Sequence[Job],
     processes: int,
     began: float,
-    begin: Callable[..., object] | None = None,
-    given: Iterable[Any] = (),
+    minutes: float,
+    threads: int | None = None,
 ) -> None:
-    """Do jobs in several processes, each of which begins by ``begin(*given)``, and tell what is said of each; "" is not."""
+    """Do jobs in several processes, and tell what is said of each; "" is not.
+
+    No job begins when so many minutes are over. ``threads`` are those of torch in each process; by default as many as suit.
+    """
     if not jobs:
         return
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), processes), begin, given) as pool:
-        for told in pool.imap_unordered(work, jobs, chunksize=1):
+    start = (None, ()) if threads is None else (torch.set_num_threads, (threads,))
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), processes), *start) as pool:
+        for told in pool.imap_unordered(partial(_in_time, work, began, minutes), jobs, chunksize=1):
             if told:
                 say(told, began)
+
+
+def _in_time(work: Callable[[Job], str], began: float, minutes: float, job: Job) -> str:
+    return "" if late(began, minutes) else work(job)
 
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:

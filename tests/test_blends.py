@@ -164,7 +164,8 @@ def test_adapters_are_trained_by_the_defaults_but_for_what_is_given(tmp_path: Pa
 
 @pytest.mark.slow
 def test_what_processes_say_of_their_jobs_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    in_processes(str.strip, ["one", " ", "two"], 2, time.monotonic())
+    in_processes(str.strip, ["one", " ", "two"], 2, time.monotonic(), minutes=10)
+    in_processes(str.strip, ["too late"], 1, time.monotonic() - 61, minutes=1)
     told = [line.split(" s  ") for line in capfd.readouterr().out.splitlines()]
     assert sorted(words for _, words in told) == ["one", "two"] and all(float(seconds) >= 0 for seconds, _ in told)
 
