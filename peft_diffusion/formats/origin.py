@@ -13,7 +13,9 @@ from .container import Header
 
 _SD1, _SD2, _SDXL = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"
 _REFINER = "Stable Diffusion XL refiner"
-RUN = frozenset({_SD1, _SD2, _SDXL, "a language model"})
+_LANGUAGE = "a language model"
+_FAMILIES: Mapping[str, str] = {_SD1: "sd1", _SD2: "sd2", _SDXL: "sdxl", _LANGUAGE: "lm"}
+RUN = frozenset(_FAMILIES)
 """What this package runs."""
 
 _FLUX, _SD3, _QWEN, _Z, _LUMINA = "Flux.1", "Stable Diffusion 3", "Qwen-Image", "Z-Image", "Lumina 2"
@@ -78,14 +80,6 @@ _LM = r"model_layers_\d+_(?:self_attn|mlp)_"
 _TRANSFORMER = re.compile(r"^(?:transformer\.|lora_transformer_)")
 _ENDS = re.compile(r"(?:lora_down\.weight|lora_A(?:\.[^.]+)?\.weight|lora_A|lora\.down\.weight|hada_w1_b)$")
 
-_FAMILIES: Mapping[str, tuple[str, ...]] = {
-    _SD1: ("sd1",),
-    _SD2: ("sd2",),
-    _SDXL: ("sdxl",),
-    _SD1_OR_2: ("sd1", "sd2"),
-    _SD1_OR_XL: ("sd1", "sdxl"),
-    "a language model": ("lm",),
-}
 # What sites that share adapters call a model, in small letters and with single spaces.
 _SHARED: tuple[tuple[str, str], ...] = (
     (r"(?:sdxl|pony|illustrious|noobai)\b.*", _SDXL),
@@ -138,7 +132,7 @@ def families_of(name: str) -> tuple[str, ...]:
     Returns:
         Their names; none for a model that this package does not run, and for "".
     """
-    return _FAMILIES.get(name, ())
+    return tuple(_FAMILIES[one] for one in _EITHER.get(name, (name,)) if one in _FAMILIES)
 
 
 def shared_as(told: str) -> str:
@@ -151,8 +145,7 @@ def shared_as(told: str) -> str:
         The name, as an `Origin` has it; "" for a model that is not known.
     """
     words = " ".join(told.lower().split())
-    shared = next((name for pattern, name in _SHARED if re.fullmatch(pattern, words)), "")
-    return shared or next((name for pattern, name in _TOLD if re.fullmatch(pattern, words)), "")
+    return next((name for pattern, name in (*_SHARED, *_TOLD) if re.fullmatch(pattern, words)), "")
 
 
 def _of_metadata(metadata: Mapping[str, str]) -> str:
@@ -181,7 +174,7 @@ def _of_names(header: Header) -> str:
     if _any(_SECOND, flat):
         return _SDXL
     if _any(_LM, flat):
-        return "a language model"
+        return _LANGUAGE
     return _words(header) or _TEXTS.get(_width(_TEXT, flat, header), "")
 
 

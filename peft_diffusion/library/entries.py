@@ -248,8 +248,8 @@ def _tags(found: Plan, aside: Sidecar) -> dict[str, int]:
     """The most frequent tags; those that it is listed under have 0."""
     counted = dict(list(tags_of(found).items())[:_MOST_TAGS])
     told = found.header.metadata.get("modelspec.tags", "")
-    listed = (tag.strip() for one in (*aside.tags, told) for tag in split_tags(one))
-    return {**counted, **{tag: 0 for tag in listed if tag and tag not in counted}}
+    listed = (tag for one in (*aside.tags, told) for tag in split_tags(one))
+    return {**counted, **{tag: 0 for tag in listed if tag not in counted}}
 
 
 def _one_line(*texts: str) -> str:
