@@ -1,22 +1,13 @@
 """Makes the pages that follow from the code: the references of settings and of commands."""
 
 import html
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peft_diffusion.cli.commands import (
-    COMMANDS,
-    COMPOSE_COMMANDS,
-    LIBRARY_COMMANDS,
-    METADATA_COMMANDS,
-    RUNS_COMMANDS,
-    TEXT_COMMANDS,
-    Command,
-)
+from peft_diffusion.cli.commands import ROOT, Entry
 from peft_diffusion.core.settings import Settings, describe
 from peft_diffusion.training.settings.datasets import Dataset
 
@@ -25,19 +16,17 @@ override it. `--debug` shows where in the program an error came from, `--help` l
 in methods, families of bases and layouts of others."""
 
 
-def _settings(module: str, name: str) -> tuple[type[Settings], ...]:
-    """The settings that a command takes, as it says itself."""
-    command: Command = getattr(import_module(f"peft_diffusion.cli.{module}"), name.replace("-", "_"))
-    return command.kinds
+def _listed(entry: Entry, before: str = "") -> Iterator[tuple[str, Entry]]:
+    """The commands below an entry, by all their names, and those below each."""
+    for name, one in entry.below.items():
+        if one.target is not None:
+            yield f"{before}{name}", one
+        yield from _listed(one, f"{before}{name} ")
 
 
+LISTED: Mapping[str, Entry] = dict(_listed(ROOT))
 SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
-    **{name: _settings(name.replace("-", "_"), name) for name in COMMANDS},
-    **{f"runs {name}": _settings(name, name) for name in RUNS_COMMANDS},
-    **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
-    **{f"metadata {name}": _settings("metadata", f"{name}_entries") for name in METADATA_COMMANDS},
-    **{f"compose {name}": _settings("compose", name) for name in COMPOSE_COMMANDS},
-    **{f"library {name}": _settings("library", f"{name}_adapters") for name in LIBRARY_COMMANDS},
+    name: command.kinds for name, one in LISTED.items() if (command := one.command()) is not None
 }
 
 
@@ -95,19 +84,11 @@ def commands_page() -> str:
     Returns:
         Markdown.
     """
-    words = {
-        **COMMANDS,
-        **{f"runs {name}": said for name, said in RUNS_COMMANDS.items()},
-        **{f"text {name}": said for name, said in TEXT_COMMANDS.items()},
-        **{f"metadata {name}": said for name, said in METADATA_COMMANDS.items()},
-        **{f"compose {name}": said for name, said in COMPOSE_COMMANDS.items()},
-        **{f"library {name}": said for name, said in LIBRARY_COMMANDS.items()},
-    }
     parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
     for command, kinds in SETTINGS.items():
         rows = [row for kind in kinds for row in describe(kind)]
         needed = [one["name"].upper() for one in rows if one["required"]]
-        parts.append(f"## peft-diffusion {command}\n\n{words[command]}\n")
+        parts.append(f"## peft-diffusion {command}\n\n{LISTED[command].help}\n")
         parts.append(f"```\npeft-diffusion {command} {' '.join([*needed, '[OPTIONS]'])}\n```\n")
         parts.append("| flag | type | default | takes | |\n| --- | --- | --- | --- | --- |")
         parts += [_row(" ".join(f"`{flag}`" for flag in one["flags"]), one) for one in rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.files import write_bytes
 from ..core.wording import number_of
-from .captions import split_tags
+from .captions import distinct_tags, split_tags
 from .folder import TrainingImage
 
 _WORDS = 8  # in the mean of a tag, above which captions are taken for sentences
@@ -140,7 +140,7 @@ def statistics(pictures: Sequence[TrainingImage]) -> Statistics:
     tags: Counter[str] = Counter()
     words: Counter[str] = Counter()
     for caption in captions:
-        tags.update({tag for line in caption.split("\n") for tag in split_tags(line)})
+        tags.update(distinct_tags(caption))
         words.update(set(re.findall(r"\w[\w'-]*", caption.lower())))
     return Statistics(
         pictures=len(pictures),

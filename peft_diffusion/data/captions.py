@@ -106,6 +106,18 @@ def split_tags(caption: str) -> list[str]:
     return [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
 
 
+def distinct_tags(caption: str) -> list[str]:
+    """List the tags of a caption, each once.
+
+    Args:
+        caption: Tags separated by commas; each line is an alternative.
+
+    Returns:
+        Those of all lines, in their order.
+    """
+    return list(dict.fromkeys(tag for line in caption.split("\n") for tag in split_tags(line)))
+
+
 def tag_frequency(captions: Iterable[str], most: int = 400) -> dict[str, dict[str, int]]:
     """Count the tags of captions, as kohya's trainer keeps them in ``ss_tag_frequency``: what an adapter is found by.
 
@@ -119,7 +131,7 @@ def tag_frequency(captions: Iterable[str], most: int = 400) -> dict[str, dict[st
     """
     counted: Counter[str] = Counter()
     for caption in captions:
-        counted.update(list(dict.fromkeys(tag for line in caption.split("\n") for tag in split_tags(line))))
+        counted.update(distinct_tags(caption))
     return {"captions": dict(counted.most_common(most))} if counted else {}
 
 

@@ -32,7 +32,8 @@ def texts_of(entry: Entry) -> list[tuple[Kind, str]]:
         What calls it and what it always shows, or else its name; its description; and some of its captions, spread over all.
     """
     calls = [trigger.replace("{}", " ") for trigger in entry.triggers[:4]]
-    shown = [term for term in entry.shown() if term not in {one for call in calls for one in terms_of(call)}]
+    called = {term for call in calls for term in terms_of(call)}
+    shown = [term for term in entry.shown() if term not in called]
     main = " ".join(", ".join([*calls, " ".join(shown[:_TERMS])]).split()).strip(" ,")
     found: list[tuple[Kind, str]] = [("text", main or entry.title or entry.name)]
     if terms_of(entry.description):

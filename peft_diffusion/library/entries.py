@@ -134,7 +134,8 @@ class Entry:
         shown = self.shown()
         told = (*self.tags, *self.captions, self.description)
         rest = dict.fromkeys(term for text in told for term in terms_of(text))
-        return called, named, shown, tuple(term for term in rest if term not in {*called, *named, *shown})
+        known = {*called, *named, *shown}
+        return called, named, shown, tuple(term for term in rest if term not in known)
 
     def status(self) -> str:
         """Tell whether its file is still what it was.
