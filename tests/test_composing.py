@@ -219,17 +219,17 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
     warned = [one.message for one in told if isinstance(one, Warned)]
     other_weights = "was learned on 'elsewhere', whose weights differ from this base's"
     assert sum(other_weights in one for one in warned) == 2  # by both commands
-    config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
+    config = pd.EvaluateConfig([both[0], third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
     with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
         config.check()
 
 
-def third(folder: Path, to: Path) -> list[str]:
+def third(folder: Path, to: Path) -> str:
     """Another adapter, of other bytes."""
     tensors = load_file(folder / "ink.safetensors")
     with safe_open(folder / "ink.safetensors", "pt") as file:
         save_file(tensors, to / "third.safetensors", {**file.metadata(), "ss_training_comment": "third"})
-    return [str(to / "third.safetensors")]
+    return str(to / "third.safetensors")
 
 
 @pytest.mark.slow

@@ -72,7 +72,9 @@ def tell_base(adapters: "Adapters", file: Path | None, tell: Observer) -> None:
         file: The file of the composition; None where there is none.
         tell: Is told.
     """
-    made = {} if file is None else composition.read(file).base
+    if file is None:
+        return
+    made = composition.read(file).base
     if made.get("fingerprint") not in (None, adapters.base.fingerprint):
         name = brief(str(made.get("name")))
         tell(Warned(f"{file} was learned on {name!r}, whose weights differ from this base's; results may differ"))
