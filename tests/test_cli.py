@@ -53,25 +53,20 @@ def test_looking_around_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "modules"),
     [
-        ["-c", "import peft_diffusion"],
-        *(["-m", "peft_diffusion", *name, "--help"] for name in ([], ["train"], ["generate"])),
+        (["-c", "import peft_diffusion"], 65),
+        (["-m", "peft_diffusion", "--help"], 150),
+        (["-m", "peft_diffusion", "train", "--help"], 200),
+        (["-m", "peft_diffusion", "generate", "--help"], 230),
     ],
 )
-def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
-    installed = environment() | {"PYTHONPYCACHEPREFIX": str(tmp_path)}  # pip compiles what it installs
-    installed.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    def seconds() -> float:
-        before = os.times()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=installed)
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    assert 0 < min(seconds() for _ in range(5)) < 0.3  # of computing, which other work on the machine does not lengthen
+def test_looking_around_imports_few_modules(arguments: list[str], modules: int) -> None:
+    # What is imported decides how long this takes, and is the same on every machine; scripts/benchmark_start.py tells seconds.
+    line = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(line, check=True, capture_output=True, text=True, env=environment())
+    assert 20 < sum(told.startswith("import time:") for told in done.stderr.splitlines()) <= modules
 
 
 @pytest.mark.slow
