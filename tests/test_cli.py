@@ -63,7 +63,7 @@ def test_looking_around_imports_nothing_heavy() -> None:
     ],
 )
 def test_looking_around_imports_few_modules(arguments: list[str], modules: int) -> None:
-    # What is imported decides how long this takes, and is the same on every machine; scripts/benchmark_start.py tells seconds.
+    # What is imported decides how long this takes, the same on every machine; scripts/benchmark_start.py tells seconds.
     line = [sys.executable, "-X", "importtime", *arguments]
     done = subprocess.run(line, check=True, capture_output=True, text=True, env=environment())
     assert 20 < sum(told.startswith("import time:") for told in done.stderr.splitlines()) <= modules
