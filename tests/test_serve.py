@@ -191,7 +191,51 @@ def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, she
         assert one.future.result().notes == other.future.result().notes  # nobody is told of the prompt of another
     rows.clear()
     asked([bodies[0], bodies[4], TextToImage(prompt="a cat", seed=1, **{**told, "steps": 3})])
-    assert sorted(rows) == [2] * 7  # brackets of a trigger, which others read as weights, and other steps
+    assert rows == [6, 6, 2]  # also brackets of a trigger, which others read as weights, and other steps
+    engine.close()
+
+
+@pytest.mark.slow
+def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
+    """Each with its own adapters, which are off the base again when it is done; and in its turn what cannot join."""
+    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu"), lambda _: None)
+    engine.load().future.result()
+    held = engine._held
+    assert held is not None and held.kept is not None
+    told: dict[str, Any] = {"cfg_scale": 7.0, "sampler_name": "DPM++ 2M", **SIDE}
+    bodies = [
+        TextToImage(prompt="a dog <lora:ink:0.8>", seed=1, steps=6, **told),
+        TextToImage(prompt="a cat <lora:flat:1> <lora:ink:0.3>", seed=2, steps=2, **{**told, "sampler_name": "Euler a"}),
+        TextToImage(prompt="a cat", seed=3, steps=3, **told),
+        TextToImage(prompt="a dog", seed=4, steps=30, **told),
+        TextToImage(prompt="a cat <lora:nothing:1>", seed=5, steps=1, **told),
+        TextToImage(prompt="a cat", seed=6, steps=2, **told),
+    ]
+    jobs: list[Job[Any]] = []
+    calls: list[tuple[int, tuple[str, ...]]] = []
+
+    def come(_: Any, given: Any) -> None:
+        """One at the first step, two at the fourth, one that fails at the fifth, and one at the sixth, where one is given up."""
+        calls.append((len(given[0]), held.kept.adapters.names))
+        for body in {1: bodies[1:2], 4: bodies[2:4], 5: bodies[4:5], 6: bodies[5:]}.get(len(calls), ()):
+            jobs.append(engine.draw(body, "txt2img"))
+        if len(calls) == 6:
+            engine.worker.drop(jobs[3])
+
+    hook = denoiser_of(held.pipe).network.register_forward_pre_hook(come)
+    jobs.append(engine.draw(bodies[0], "txt2img"))
+    jobs[0].future.result()  # at its last step all have come
+    wait([job.future for job in jobs])
+    hook.remove()
+    ink, both = ("ink",), ("ink", "flat")
+    assert calls[:6] == [(2, ink), (4, both), (4, both), (2, ink), (6, ink), (6, ink)]
+    assert [rows for rows, _ in calls[6:]] == [2, 2, 2]  # the third ends by itself, as one that failed waits for its turn
+    assert jobs[3].future.result().drawn == [] and "no adapter 'nothing'" in str(jobs[4].future.exception())
+    for number in (0, 1, 2, 5):
+        own = engine.draw(bodies[number], "txt2img").future.result().drawn
+        drawn = jobs[number].future.result().drawn
+        assert len(drawn) == 1 and near(drawn[0].image, own[0].image) and drawn[0].recipe == own[0].recipe
+    assert not held.kept._users and jobs[2].progress == 1
     engine.close()
 
 

@@ -68,6 +68,11 @@ class Ticket:
         return self._image
 
     @property
+    def given_up(self) -> bool:
+        """Whether it was given up before it was drawn."""
+        return self._given_up
+
+    @property
     def failed(self) -> bool:
         """Whether it could not be drawn; `image` then raises why."""
         return self._error is not None
@@ -361,7 +366,7 @@ class Queue:
             if not own.ticket.done:
                 try:
                     own.ticket._end(finished(self.adapters, own.call, own.latents, own.tell))
-                except UserError as error:
+                except Exception as error:  # which is for whoever asked for this picture
                     own.ticket._end(error=error)
         return [one.ticket for one in (*left, *gone)]
 
@@ -371,7 +376,7 @@ class Queue:
         try:
             (image,) = paint(self.adapters, [alone.cell], alone.sampling, tell=alone.tell, stop=stop)
             alone.ticket._end(image)
-        except UserError as error:
+        except Exception as error:
             alone.ticket._end(error=error)
         except Interrupted:
             alone.ticket.cancel()
