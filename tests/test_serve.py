@@ -215,7 +215,7 @@ def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, she
     calls: list[tuple[int, tuple[str, ...]]] = []
 
     def come(_: Any, given: Any) -> None:
-        """One at the first step, two at the fourth, one that fails at the fifth, and one at the sixth, where one is given up."""
+        """One at the first step, two at the fourth, one that fails at the fifth, one more where one is given up."""
         calls.append((len(given[0]), held.kept.adapters.names))
         for body in {1: bodies[1:2], 4: bodies[2:4], 5: bodies[4:5], 6: bodies[5:]}.get(len(calls), ()):
             jobs.append(engine.draw(body, "txt2img"))
@@ -235,7 +235,7 @@ def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, she
         own = engine.draw(bodies[number], "txt2img").future.result().drawn
         drawn = jobs[number].future.result().drawn
         assert len(drawn) == 1 and near(drawn[0].image, own[0].image) and drawn[0].recipe == own[0].recipe
-    assert not held.kept._users and jobs[2].progress == 1
+    assert not held.kept._users and jobs[2].total == 3
     engine.close()
 
 
