@@ -10,9 +10,9 @@ in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all w
 diffusers with peft one after the other; pictures a second, and after how many seconds half of them and 95 in 100 are there.
 
 With ``--load`` the gate is followed by this alone: 32 requests come one by one, at random times (a Poisson process), so many
-times as fast as eight at once are drawn, a third of them with half the steps. How long does each wait for its picture, where all
-that wait are drawn in a batch, and where each joins those under way at their next step (`Adapters.queue`)? Both at the same
-times, in the order batches, joining, joining, batches.
+times as fast as eight at once are drawn, a third of them with half the steps. How long does each wait for its picture, where
+all that wait are drawn in a batch, and where each joins those under way at their next step (`Adapters.queue`)? Both at the
+same times, in the order batches, joining, joining, batches.
 """
 
 import argparse
@@ -47,8 +47,9 @@ AT_ONCE, ADAPTERS, REQUESTS = 8, 16, 32
 def main() -> None:
     """The gate and the figures of each architecture."""
     parser = parser_of(__doc__, repeats=3)
+    parser.add_argument("--side", type=int, help="of pictures, in pixels; by default that of the base")
     parser.add_argument(
-        "--load", nargs="+", type=float, default=[], help="of what eight at once could do: requests that come"
+        "--load", nargs="+", type=float, default=[], help="requests that come, of what eight at once could do"
     )
     options = read(parser)
     for kind in options.kinds:
@@ -120,7 +121,7 @@ def batched(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float
     while first < len(wanted):
         time.sleep(max(0.0, comes[first] - (time.perf_counter() - began)))
         now = time.perf_counter() - began
-        last = min(first + AT_ONCE, sum(one <= now for one in comes))
+        last = min(first + AT_ONCE, max(first + 1, sum(one <= now for one in comes)))
         adapters.batch(wanted[first:last], at_most=AT_ONCE)
         waits += [time.perf_counter() - began - one for one in comes[first:last]]
         first = last

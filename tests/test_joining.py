@@ -186,14 +186,19 @@ def test_adapters_that_have_left_the_base_come_back_for_pictures_under_way(
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records steps on CUDA")
 def test_joining_records_nothing_anew_after_the_first_of_a_shape(files: dict[str, Path]) -> None:
-    adapters = loaded(make_pipe().to("cuda"), files, "ink", "flat")
+    pipe = make_pipe().to("cuda")
+    adapters, rows = loaded(pipe, files, "ink", "flat"), rows_of(pipe)
     adapters.fast(True)
+    others = [
+        replace(one, seed=one.seed + 10, adapters={"flat": 0.4, "ink": number / 5}) for number, one in enumerate(REQUESTS)
+    ]
     with adapters.queue(at_most=4) as queue:
-        drawn(queue, REQUESTS)
-        drawn(queue, REQUESTS[:4])  # text encoders and VAE are recorded from the second picture on
+        for _ in range(2):  # text encoders and VAE are recorded from the second picture on
+            drawn(queue, REQUESTS)
         before = adapters.recordings
-        came, _ = drawn(queue, REQUESTS[::-1], every=2)
+        came, _ = drawn(queue, others)
         assert adapters.recordings == before and adapters.plain_because is None
-    for ticket, request in zip(came, REQUESTS[::-1], strict=True):
+    assert set(rows) <= {1, 2, 4, 8}
+    for ticket, request in zip(came, others, strict=True):
         (own,) = adapters.batch([request])
         assert np.abs(np.asarray(ticket.image, int) - np.asarray(own, int)).mean() < 0.5

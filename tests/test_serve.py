@@ -29,6 +29,7 @@ from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
 from peft_diffusion.fast import drawing as fast_drawing
+from peft_diffusion.formats import plan
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.generation.kept import Kept
 from peft_diffusion.generation.settings import Choice
@@ -202,6 +203,7 @@ def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, she
     engine.load().future.result()
     held = engine._held
     assert held is not None and held.kept is not None
+    kept = held.kept
     told: dict[str, Any] = {"cfg_scale": 7.0, "sampler_name": "DPM++ 2M", **SIDE}
     bodies = [
         TextToImage(prompt="a dog <lora:ink:0.8>", seed=1, steps=6, **told),
@@ -216,7 +218,7 @@ def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, she
 
     def come(_: Any, given: Any) -> None:
         """One at the first step, two at the fourth, one that fails at the fifth, one more where one is given up."""
-        calls.append((len(given[0]), held.kept.adapters.names))
+        calls.append((len(given[0]), kept.adapters.names))
         for body in {1: bodies[1:2], 4: bodies[2:4], 5: bodies[4:5], 6: bodies[5:]}.get(len(calls), ()):
             jobs.append(engine.draw(body, "txt2img"))
         if len(calls) == 6:
@@ -235,7 +237,7 @@ def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, she
         own = engine.draw(bodies[number], "txt2img").future.result().drawn
         drawn = jobs[number].future.result().drawn
         assert len(drawn) == 1 and near(drawn[0].image, own[0].image) and drawn[0].recipe == own[0].recipe
-    assert not held.kept._users and jobs[2].total == 3
+    assert not kept._users and jobs[2].total == 3
     engine.close()
 
 
@@ -335,6 +337,37 @@ def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: 
         kept.end()
         assert not kept.adapters.names and kept.adapters.waiting == ("odd",) and kept.adapters.loads == 1
     assert told[0] == told[1] and len(told[0]) == 1
+
+
+@pytest.mark.slow
+def test_adapters_of_calls_that_join_are_shared_and_leave_with_the_last(pipe: Any, shelf: Path, tmp_path: Path) -> None:
+    files = {name: Path(shutil.copy(shelf / f"{name}.safetensors", tmp_path)) for name in ("ink", "flat", "line")}
+    kept, (ink, flat, line) = Kept(pipe, 2**30), (Choice(file, plan=plan(file)) for file in files.values())
+    adapters = kept.adapters
+
+    def join(*choices: Choice) -> list[str]:
+        return kept.join(choices, strict=False, warn=lambda _: None)
+
+    def on_the_base() -> list[str]:
+        return list(adapters.names)
+
+    kept.begin([ink])
+    assert join(ink) == ["ink"] and join(flat, ink) == ["flat", "ink"]
+    kept.leave([ink])
+    assert on_the_base() == ["ink", "flat"] and adapters.loads == 2
+    assert join(line) == ["line"]
+    kept.leave([flat, ink])
+    assert on_the_base() == ["line"] and set(adapters.waiting) == {"ink", "flat"}
+    shutil.copy(files["ink"], files["line"])
+    with pytest.raises(UserError, match="was replaced while"):
+        join(flat, Choice(files["line"]))
+    assert on_the_base() == ["line"]  # also without what was to come with it
+    kept.leave([line])
+    assert on_the_base() == ["line"]  # where no other is under way it stays for the next
+    kept.end()
+    kept.begin([])
+    for name in (*adapters.names, *adapters.waiting):
+        adapters.remove(name)
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ class Queue:
             Those that are done now: drawn, failed or given up.
 
         Raises:
-            UserError: The network cannot be called. What is under way has failed with the same error.
+            Exception: Whatever the network raised. All that was under way has failed with it.
         """
         given_up = self._leave()
         alone = self._join()
@@ -324,7 +324,7 @@ class Queue:
             In the order in which they are done.
 
         Raises:
-            UserError: As `step`.
+            Exception: As `step`.
         """
         done: list[Ticket] = []
         while self.busy:
