@@ -19,7 +19,7 @@ from ..bases.pipelines import Pipeline
 from ..core import site
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UserError
-from ..core.events import Ended, Observer, Stop, Warned, observed, stop_on_signal
+from ..core.events import Ended, Observer, Stop, observed, stop_on_signal
 from ..core.files import at_home, claimed, refuse_overlaps
 from ..core.settings import pick, portable
 from ..formats import Plan
@@ -125,7 +125,6 @@ def compose(
         refuse_overlaps([("--output", output)], [("an adapter", one.path) for one in plans])
         with claimed(output, f"another run makes {output} now; wait for it, or choose another --output"):
             prepared = prepare(_as_training(config, plans), pipe, _without_held_out(tell), drawing)
-            _tell_base(plans, prepared, tell)
             with (
                 carry(prepared.pipe, [one.path for one in plans], tell) as names,
                 base_kept(prepared.pipe, prepared.info.fingerprint, tell),
@@ -196,14 +195,6 @@ def _refuse_twice(plans: Sequence[Plan]) -> None:
     if twice is not None:
         same = [str(one.path) for one in plans if one.sha256 == twice]
         raise UserError(f"{' and '.join(same)} are the same adapter; give each once")
-
-
-def _tell_base(plans: Sequence[Plan], prepared: Prepared, tell: Observer) -> None:
-    """Warn of an adapter that was made for another base."""
-    for one in plans:
-        made = one.spec.base.get("fingerprint") if one.spec else None
-        if made is not None and made != prepared.info.fingerprint:
-            tell(Warned(f"{one.path} was trained on another base ({made}) than {prepared.info.name}"))
 
 
 def _freeze(pipe: Pipeline, plans: Sequence[Plan], names: Sequence[str]) -> None:
