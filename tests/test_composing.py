@@ -23,10 +23,11 @@ from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import Interrupted
-from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.core.events import Event, Observer, Warned
 from peft_diffusion.core.learned_kinds import LEARNED_KINDS
 from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
 from peft_diffusion.formats import composition, plan
+from peft_diffusion.formats.spec import KEY
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import Step
 from peft_diffusion.training.record import run_record
@@ -121,8 +122,7 @@ def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
     pipe = pd.load_base(str(tiny_base), device="cpu")
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     first = asked(folder, tiny_base, "strengths", "again.safetensors")
-    told: list[Event] = []
-    again = pd.train_composition(first, pipe=pipe, observers=[told.append]).output
+    again = pd.train_composition(first, pipe=pipe).output
     assert again.read_bytes() == files["strengths"].read_bytes()
     again.unlink()
     assert Adapters(pipe).names == ()
@@ -142,6 +142,7 @@ def stopped_at(step: int, config: ComposeTrainConfig, pipe: Any) -> str:
     return str(said.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_to_the_same_file(
     kind: str, files: dict[str, Path], folder: Path, tiny_pipe: Any, tiny_base: Path, capsys: pytest.CaptureFixture[str]
@@ -177,13 +178,16 @@ def test_a_run_goes_on_with_what_it_began_with(folder: Path, tiny_pipe: Any, tin
     config = asked(folder, tiny_base, "strengths", "changed.safetensors")
     stopped_at(2, config, tiny_pipe)
 
-    def refused(words: str, **changes: Any) -> None:
+    def refused(words: str, *observers: Observer, **changes: Any) -> None:
         with pytest.raises(UserError, match=words):
-            pd.train_composition(replace(config, resume=True, **changes), pipe=tiny_pipe)
+            pd.train_composition(replace(config, resume=True, **changes), pipe=tiny_pipe, observers=observers)
 
     refused("had other settings: --kind was strengths, now gates", kind="gates")
-    adapters = (Path(third(folder, tmp_path)), folder / "flat.safetensors")
-    refused("had other pictures, captions or adapters: .* has another adapter", adapters=adapters)
+    adapters = (Path(third(folder, tmp_path, name="elsewhere", fingerprint="0" * 16)), folder / "flat.safetensors")
+    told: list[Event] = []
+    refused("had other pictures, captions or adapters: .* has another adapter", told.append, adapters=adapters)
+    (warned,) = [one.message for one in told if isinstance(one, Warned)]
+    assert warned.endswith("was trained on 'elsewhere', whose weights differ from this base's; results may differ")
     refused("had other pictures", data=(folder / "flat", folder / "ink"))
     shutil.copytree(folder / "ink", tmp_path / "ink")
     (moved,) = [pd.train_composition(replace(config, resume=True, steps=2, data=(tmp_path / "ink", folder / "flat")),
@@ -294,11 +298,14 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
         config.check()
 
 
-def third(folder: Path, to: Path) -> str:
-    """Another adapter, of other bytes."""
+def third(folder: Path, to: Path, **base: str) -> str:
+    """Another adapter, of other bytes, and of another base where something is told of it."""
     tensors = load_file(folder / "ink.safetensors")
     with safe_open(folder / "ink.safetensors", "pt") as file:
-        save_file(tensors, to / "third.safetensors", {**file.metadata(), "ss_training_comment": "third"})
+        told = {**file.metadata(), "ss_training_comment": "third"}
+    spec = json.loads(told[KEY])
+    told[KEY] = json.dumps({**spec, "base": {**spec["base"], **base}})
+    save_file(tensors, to / "third.safetensors", told)
     return str(to / "third.safetensors")
 
 
