@@ -49,7 +49,7 @@ _PROMPT = 200  # characters of a prompt that is proposed
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Folders of pictures, and the pipeline that is to learn from them: a `run.Source`.
+    """Folders of pictures, and the pipeline that is to learn from them: a `run.RatedSource`.
 
     Attributes:
         asked: The settings as they were given.
@@ -137,7 +137,7 @@ class PictureSource:
 
 
 class PictureMaterial:
-    """A pipeline that is loaded, and pictures that are encoded; see `run.Material` for what each method is for."""
+    """A loaded pipeline, and encoded pictures; `adapter_learner.AdapterMaterial` says what each method is for."""
 
     data: Data = "pictures"
 

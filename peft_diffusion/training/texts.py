@@ -45,7 +45,7 @@ _WORDS, _LETTERS = 6, 60  # of a prompt that is proposed
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text, and the language model that is to learn from it: a `run.Source`.
+    """Text, and the language model that is to learn from it: a `run.RatedSource`.
 
     Attributes:
         asked: The settings as they were given.
@@ -139,7 +139,7 @@ class _Tokens:
 
 
 class TextMaterial:
-    """A language model that is loaded, and text that was read; see `run.Material` for what each method is for."""
+    """A loaded language model, and text; `adapter_learner.AdapterMaterial` says what each method is for."""
 
     data: Data = "text"
 
