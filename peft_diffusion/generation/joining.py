@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as trees
 
 from ..bases import denoiser_of
-from ..bases.pipelines import computes_on, guides, place
+from ..bases.pipelines import guides, place
 from ..core.changes import one_at_a_time
 from ..core.errors import Interrupted, UserError
 from ..core.events import Never, Noted, Observer, Observers, Stop
@@ -380,7 +380,8 @@ class Queue:
     def _advance(self) -> None:
         """Take a step with all that are under way."""
         pipe, own = self.adapters.pipe, self._under_way
-        device, rows = computes_on(pipe), [one.rows for one in own]
+        network = denoiser_of(pipe).network
+        device, rows = next(network.parameters()).device, [one.rows for one in own]
         total = self._rows(sum(rows))
         fill = total - sum(rows)
         self._weigh(rows, fill)
