@@ -350,7 +350,7 @@ def test_what_a_region_names_is_not_chosen_for_the_whole_picture(library: Librar
         config = pd.GenerateConfig(
             "a pencil drawing of a cat", auto=1, library=library.path, base="sd1", adapters_dir=shelf, region=[region]
         )
-        with retrieval(config, None, (), lambda event: None) as used:
+        with retrieval(config, None, (), lambda event: None, used=True) as used:
             ((one,),) = order(config, (), literal=False, retrieval=used).rows
         return [Path(tag.name).stem for tag in one.tags]
 
