@@ -139,7 +139,8 @@ class Order:
         return found
 
     def _in(self, choice: Choice, one: Asked) -> bool:
-        return choice in self.shelf.given or any(self.shelf.find(tag.name).path == choice.path for tag in one.tags)
+        given = choice in self.shelf.given and choice.strength != 0
+        return given or any(self.shelf.find(tag.name).path == choice.path for tag in one.tags)
 
     def parts(self, one: Asked, names: Sequence[str], base: Base) -> list[tuple[str | None, dict[str, float | ByPart]]]:
         """Tell what the regions of a picture show, and with how much of which adapters.
@@ -325,9 +326,7 @@ def order_of_sheet(
     how = config.of_generate()
     shelf, wildcards = Shelf(tuple(choices), how.adapters_dir), Wildcards(how.wildcards_dir)
     in_regions = _of_regions(how, shelf)
-    row = [
-        picture(replace(how, prompts=(prompt,)), prompt, how.seed, wildcards) for prompt in config.prompts
-    ]
+    row = [picture(replace(how, prompts=(prompt,)), prompt, how.seed, wildcards) for prompt in config.prompts]
     for tag in (tag for one in row for tag in one.tags):
         if shelf.find(tag.name) in choices:
             raise UserError(f"<lora:{tag.name}> in the prompt is one of the adapters that are blended; leave it away")
@@ -480,5 +479,3 @@ def picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcards
     read = read_prompt(prompt, seed, wildcards)
     regions = tuple(None if one.prompt is None else read_prompt(one.prompt, seed, wildcards) for one in config.region)
     return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)
-
-

@@ -145,8 +145,7 @@ class GridConfig(DrawingConfig):
         """
         refuse_files(self.prompts)
         check_target(self.output)
-        drawn = [one.config for row in self.rows(self.of_generate()) for one in row.cells]
-        self.check_drawn(retrieves=any(one.auto is not None for one in drawn), divided=any(one.is_divided for one in drawn))
+        self.check_drawn([one.config for row in self.rows(self.of_generate()) for one in row.cells])
 
 
 def _axis(text: str, adapters: Sequence[str]) -> Axis:

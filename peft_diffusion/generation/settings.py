@@ -582,12 +582,11 @@ class DrawingConfig(Sampling):
         if self.region:
             check_compose(self.composition)
 
-    def check_drawn(self, *, retrieves: bool, divided: bool) -> None:
+    def check_drawn(self, pictures: "Sequence[GenerateConfig]") -> None:
         """Find out of controls, regions and the library what can be told without the base.
 
         Args:
-            retrieves: Whether adapters are chosen for any picture.
-            divided: Whether any picture has regions.
+            pictures: How all pictures are drawn.
 
         Raises:
             UserError: A file cannot be read, or something is said that no picture has.
@@ -595,8 +594,10 @@ class DrawingConfig(Sampling):
         self.controls()
         for region in self.region:
             region.check()
-        if not divided and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
+        of_regions = any((one.region_feather, one.region_isolation) != (FEATHER, ISOLATION) for one in pictures)
+        if of_regions and not any(one.is_divided for one in pictures):
             raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
+        retrieves = any(one.auto is not None for one in pictures)
         if self.library is not None and not retrieves:
             raise UserError("--library is where --auto finds adapters; give that too, as in --auto 2")
         if retrieves:
@@ -744,7 +745,7 @@ class GenerateConfig(DrawingConfig):
             UserError: Files cannot be read or written.
         """
         self.choices()
-        self.check_drawn(retrieves=self.auto is not None, divided=self.is_divided or self.recipe is not None)
+        self.check_drawn([self])
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -760,8 +761,8 @@ class GenerateConfig(DrawingConfig):
 
     @property
     def is_divided(self) -> bool:
-        """Whether pictures have regions."""
-        return bool(self.region) or self.regions == "auto"
+        """Whether pictures have regions, or may have those of a recipe."""
+        return bool(self.region) or self.regions == "auto" or self.recipe is not None
 
     @property
     def to_file(self) -> bool:
@@ -849,7 +850,7 @@ class BlendConfig(DrawingConfig):
             raise UserError(
                 f"a blend mixes the adapters that are given; give all those of {self.compose_file} with --adapter"
             )
-        self.check_drawn(retrieves=self.auto is not None, divided=bool(self.region))
+        self.check_drawn([self.of_generate()])
         refuse_files(self.prompts)
         check_target(self.output)
         if self.report is not None:

@@ -26,7 +26,7 @@ class RegionBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    box: list[float] | None = Field(None, min_length=4, max_length=4)
+    box: list[float] | None = Field(default=None, min_length=4, max_length=4)
     mask: str | None = None
     painted: str | None = None
     color: str = ""
@@ -47,11 +47,11 @@ class Extras(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    auto: int | None = Field(None, ge=1)
-    region: list[RegionBody] = Field([], max_length=_MOST_REGIONS)
+    auto: int | None = Field(default=None, ge=1)
+    region: list[RegionBody] = Field(default=[], max_length=_MOST_REGIONS)
     regions: Literal["given", "auto"] = "given"
-    region_feather: float = Field(FEATHER, ge=0, le=1)
-    region_isolation: float = Field(ISOLATION, ge=0, le=1)
+    region_feather: float = Field(default=FEATHER, ge=0, le=1)
+    region_isolation: float = Field(default=ISOLATION, ge=0, le=1)
 
 
 class OwnScript(BaseModel):
@@ -64,7 +64,7 @@ class OwnScript(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    args: list[Extras] = Field([], max_length=1)
+    args: list[Extras] = Field(default=[], max_length=1)
 
 
 class Scripts(BaseModel):
