@@ -312,11 +312,12 @@ def test_a_request_has_the_adapters_of_a_library_and_the_regions_of_generate(
     white = Image.new("L", (64, 64))
     white.paste(255, (32, 0, 64, 64))
     white.save(tmp_path / "mask.png")
-    left, mask = {"box": (0, 0, 0.5, 1), "prompt": "a cat <lora:ink:0.8>"}, {"prompt": "a moon"}
+    left: dict[str, Any] = {"box": (0, 0, 0.5, 1), "prompt": "a cat <lora:ink:0.8>"}
+    mask: dict[str, Any] = {"prompt": "a moon"}
     given = [left, mask | {"mask": webuiapi.raw_b64_img(white)}]
     ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"auto": 1, "region": given}, {"auto": 1, "region": (left, mask | {"mask": tmp_path / "mask.png"})}),
-        ({"auto": 2, "regions": "auto"}, {"auto": 2, "regions": "auto"}),
+        ({"auto": 1, "region": given}, {"auto": 1, "region": (left, mask | {"mask": tmp_path / "mask.png"}), **SIDE}),
+        ({"auto": 2, "regions": "auto"}, {"auto": 2, "regions": "auto", **SIDE}),
     ]
     serving = ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu", max_auto=2, library=place)
     serving.check()
@@ -325,7 +326,7 @@ def test_a_request_has_the_adapters_of_a_library_and_the_regions_of_generate(
         body = TextToImage.model_validate({"prompt": prompt, "seed": 1, "steps": 2, **SIDE, **own(**told)})
         result = engine.draw(body, "txt2img").future.result()
         config = GenerateConfig(prompt, seed=1, steps=2, base=str(tiny_base), adapters_dir=shelf, device="cpu",
-                                library=place, output=tmp_path / "drawn", **SIDE, **options)  # fmt: skip
+                                library=place, output=tmp_path / "drawn", **options)  # fmt: skip
         (alone,) = generate(config, pipe=pipe)
         ((image, recipe),) = result.drawn
         assert same(image, alone.image) and recipe.adapters == alone.recipe.adapters
@@ -341,6 +342,8 @@ def test_a_request_has_the_adapters_of_a_library_and_the_regions_of_generate(
     with pytest.raises(UserError, match="auto is at most 2 here, not 3"):
         engine.draw(TextToImage.model_validate({"prompt": "a", **own(auto=3)}), "txt2img").future.result()
     engine.close()
+    engine.worker.join()
+    engine.files.close()
 
 
 @pytest.mark.slow
@@ -485,10 +488,7 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert client.get_memory()["ram"]["total"] > client.get_memory()["ram"]["used"] > 0
     assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
     assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
-    assert client.get_scripts() == {
-        "txt2img": [],
-        "img2img": [],
-    }
+    assert client.get_scripts() == {"txt2img": ["peft_diffusion"], "img2img": ["peft_diffusion"]}
     assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
     for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
         assert empty() == []

@@ -113,6 +113,11 @@ class Files:
             self._library = Library(self.config.library, make=False)
         return self._library
 
+    def close(self) -> None:
+        """Close the library, when nothing is drawn any more."""
+        if self._library is not None:
+            self._library.close()
+
     def words(self) -> Words:
         """The learned words."""
         if self.config.embeddings_dir is None:
