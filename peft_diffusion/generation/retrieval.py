@@ -31,7 +31,14 @@ class Retrieved(NamedTuple):
 
     @classmethod
     def of(cls, chosen: "Chosen") -> "Retrieved":
-        """Take what a library chose."""
+        """Take what a library chose.
+
+        Args:
+            chosen: What it told of that.
+
+        Returns:
+            The prompt and the adapters.
+        """
         return cls(chosen.prompt, tuple(Choice(one.entry.path, one.strength) for one in chosen.every))
 
 
