@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from .core.settings import of_kind
 from .generation.while_training import TrainingPictures, beside, carried, others
-from .training import composing, run
+from .training import run
+from .training.composing import ComposeSource
 from .training.pictures import PictureSource, searched
 from .training.settings.composing import ComposeTrainConfig
 from .training.settings.pictures import TrainConfig
@@ -149,18 +150,18 @@ def train_composition(
         config: Which adapters, from which pictures, and how.
         pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
         observers: Are told what happens, by the events of `training.events`.
-        stop: Where it is set, such as a ``threading.Event`` by another thread, the training ends after the present step,
-            and nothing is written. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this is the main thread.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
+            checkpoint. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this is the main thread.
 
     Returns:
-        What it gave.
+        What the run gave.
 
     Raises:
         UserError: For what the user can mend.
-        Interrupted: It was stopped. It is a KeyboardInterrupt.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     of_kind(config, ComposeTrainConfig)
-    return composing.compose(config, carried, TrainingPictures(), pipe, observers, stop)
+    return run.train(ComposeSource.of(config, pipe, TrainingPictures()), carried, observers, stop)
 
 
 def _check(config: TrainConfig | TextTrainConfig, kind: type[TrainConfig | TextTrainConfig]) -> None:

@@ -231,6 +231,8 @@ def _learn(found: Measure, pairs: Sequence[Pair], way: Way) -> None:
             tuple(found.folder / f"{name}.safetensors" for name in both),
             data=tuple(drawings(found.options.data, name) for name in both),
             output=file,
+            run_dir=file.with_suffix(""),
+            overwrite=True,  # a run that another go of this script left
             kind=way.kind,  # type: ignore[arg-type]
             steps=found.options.train_steps or 100,
             device=found.options.device,

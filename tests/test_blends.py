@@ -22,7 +22,7 @@ from scripts import compare_beside, compare_blends
 from scripts.blends import curves, judges, make_data, ways
 from scripts.blends.trained import BESIDE, config_of
 from scripts.build_base.make_samples import HELD_OUT
-from scripts.compare_beside import BOTH, PLAIN, Compared, Job, Variant
+from scripts.compare_beside import BOTH, PLAIN, Compared, Job
 from scripts.compare_blends import PAIRS, Found, points_of, report
 from scripts.measuring import in_processes
 
@@ -258,4 +258,6 @@ def test_the_first_is_trained_anew_beside_the_file_of_another_variant(
     assert all(prompt.startswith("twemoji emoji of ") for prompt in more["beside_prompt"])
     basis = [more["option"] for *_, more in trained if "option" in more]
     assert basis == [("init=orthogonal", "basis_part=0"), ("init=orthogonal", "basis_part=1")]
-    assert isinstance(compare_beside.VARIANTS[BOTH], Variant)
+    # The second of both is the file of the other variant: it was trained once, for that, beside the first that was alone.
+    ((style, _, more),) = [one for one in trained if one[1] == then[1].name]
+    assert style == "twemoji" and more["beside"] == (str(names[PLAIN][0]),)

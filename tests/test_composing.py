@@ -2,9 +2,10 @@
 
 import json
 import math
+import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import Interrupted
-from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.core.events import Event, Observer, Warned
 from peft_diffusion.core.learned_kinds import LEARNED_KINDS
 from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
 from peft_diffusion.formats import composition, plan
+from peft_diffusion.formats.spec import KEY
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.events import Step
+from peft_diffusion.training.record import run_record
+from peft_diffusion.training.record.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("few_measurements")
 STEPS, GUIDANCE = 3, 2.0
@@ -73,19 +78,21 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def asked(folder: Path, base: Path, kind: str, output: str) -> ComposeTrainConfig:
+def asked(folder: Path, base: Path, kind: str, output: str, **more: Any) -> ComposeTrainConfig:
     return ComposeTrainConfig(
         (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,
-        base=str(base), output=folder / output, steps=12, batch_size=2, lr=0.1, device="cpu",
+        base=str(base), output=folder / output, run_dir=folder / "runs" / output, steps=12, batch_size=2, lr=0.1,
+        device="cpu", **more,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def files(folder: Path, tiny_base: Path) -> dict[str, Path]:
+def files(folder: Path, tiny_base: Path, no_plots: None) -> dict[str, Path]:
     """What both kinds learn, one of them by the command."""
     command = ["compose", "train", folder / "ink.safetensors", folder / "flat.safetensors", "--data", folder / "ink",
                "--data", folder / "flat", "--kind", "gates", "--base", tiny_base, "-o", folder / "gates.safetensors",
-               "--steps", 12, "--batch-size", 2, "--lr", 0.1, "--device", "cpu"]  # fmt: skip
+               "--run-dir", folder / "runs" / "gates", "--steps", 12, "--batch-size", 2, "--lr", 0.1,
+               "--device", "cpu"]  # fmt: skip
     assert main(list(map(str, command))) == 0
     return {
         "gates": folder / "gates.safetensors",
@@ -120,6 +127,73 @@ def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
     again.unlink()
     assert Adapters(pipe).names == ()
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def stopped_at(step: int, config: ComposeTrainConfig, pipe: Any) -> str:
+    """Stop a run after a step; what it says then."""
+    stop = threading.Event()
+
+    def told(event: Event) -> None:
+        if isinstance(event, Step) and event.step == step:
+            stop.set()
+
+    with pytest.raises(Interrupted) as said:
+        pd.train_composition(config, pipe=pipe, observers=[told], stop=stop)
+    return str(said.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_file(
+    kind: str, files: dict[str, Path], folder: Path, tiny_pipe: Any, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = asked(folder, tiny_base, kind, f"on_{kind}.safetensors", save_every=3)
+    said = stopped_at(5, config, tiny_pipe)
+    assert config.run_dir is not None and config.output is not None and not config.output.exists()
+    settings = str(config.run_dir / "config.toml")
+    assert said == (f"stopped after step 5 of 12; go on with: peft-diffusion compose train --config {settings} --resume")
+    assert RunFolder(config.run_dir).steps() == [3, 5]
+    record = run_record.only(config.run_dir)
+    assert (record.state, record.command, record.method, record.step) == ("stopped", "compose train", kind, 5)
+    with pytest.raises(UserError, match="holds a run already: --resume goes on with it"):
+        pd.train_composition(config, pipe=tiny_pipe)
+    capsys.readouterr()
+    assert main(["compose", "train", "--config", settings, "--resume", "--save-every", "25"]) == 0
+    assert "going on from step 5 of 12" in capsys.readouterr().out
+    assert config.output.read_bytes() == files[kind].read_bytes()
+    record = run_record.only(config.run_dir)
+    assert record.state == "finished" and (config.run_dir / "report.html").exists()
+    assert [line["step"] for line in record.metrics if "loss" in line] == list(range(1, 13))
+    assert [one["name"] for one in record.data] == ["0.png", "1.png", "2.png", "0.png"]
+    assert main(["runs", str(config.run_dir.parent)]) == 0
+    assert kind in capsys.readouterr().out
+    assert main(["runs", "export", str(config.run_dir)]) == 1
+    assert "is of a run that weighs adapters" in capsys.readouterr().err
+    config.output.unlink()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_what_it_began_with(folder: Path, tiny_pipe: Any, tiny_base: Path, tmp_path: Path) -> None:
+    """Another kind, adapter, or picture is refused; folders may have moved."""
+    config = asked(folder, tiny_base, "strengths", "changed.safetensors")
+    stopped_at(2, config, tiny_pipe)
+
+    def refused(words: str, *observers: Observer, **changes: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            pd.train_composition(replace(config, resume=True, **changes), pipe=tiny_pipe, observers=observers)
+
+    refused("had other settings: --kind was strengths, now gates", kind="gates")
+    adapters = (Path(third(folder, tmp_path, name="elsewhere", fingerprint="0" * 16)), folder / "flat.safetensors")
+    told: list[Event] = []
+    refused("had other pictures, captions or adapters: .* has another adapter", told.append, adapters=adapters)
+    (warned,) = [one.message for one in told if isinstance(one, Warned)]
+    assert warned.endswith("was trained on 'elsewhere', whose weights differ from this base's; results may differ")
+    refused("had other pictures", data=(folder / "flat", folder / "ink"))
+    shutil.copytree(folder / "ink", tmp_path / "ink")
+    (moved,) = [pd.train_composition(replace(config, resume=True, steps=2, data=(tmp_path / "ink", folder / "flat")),
+                                     pipe=tiny_pipe)]  # fmt: skip
+    assert (moved.steps, len(composition.read(moved.output).adapters)) == (2, 2)
+    moved.output.unlink()
 
 
 def by_hand(pipe: Any, file: Path, prompt: str, seed: int, names: tuple[str, ...]) -> torch.Tensor:
@@ -224,11 +298,14 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
         config.check()
 
 
-def third(folder: Path, to: Path) -> str:
-    """Another adapter, of other bytes."""
+def third(folder: Path, to: Path, **base: str) -> str:
+    """Another adapter, of other bytes, and of another base where something is told of it."""
     tensors = load_file(folder / "ink.safetensors")
     with safe_open(folder / "ink.safetensors", "pt") as file:
-        save_file(tensors, to / "third.safetensors", {**file.metadata(), "ss_training_comment": "third"})
+        told = {**file.metadata(), "ss_training_comment": "third"}
+    spec = json.loads(told[KEY])
+    told[KEY] = json.dumps({**spec, "base": {**spec["base"], **base}})
+    save_file(tensors, to / "third.safetensors", told)
     return str(to / "third.safetensors")
 
 
@@ -293,13 +370,16 @@ def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, t
         ({"adapters": ("ink.safetensors",), "data": ("ink",)}, "gates share out between adapters; give 2 or more"),
         ({"kind": "strengths", "balance": 0.1}, "--balance is for gates; strengths are always free"),
         ({"adapters": ("ink.safetensors", "ink.safetensors")}, "are the same adapter; give each once"),
-        ({"output": "ink.safetensors"}, "is there already; choose another --output"),
+        ({"output": "there.safetensors"}, "exists already: --overwrite replaces it"),
+        ({"output": "ink.safetensors"}, "--output .*ink.safetensors"),
+        ({"output": "ink/both.safetensors"}, "--output .*both.safetensors lies in"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_before_anything_is_loaded(
     changes: Mapping[str, Any], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    (folder / "there.safetensors").touch()
     told: dict[str, Any] = {"adapters": ("ink.safetensors", "flat.safetensors"), "data": ("ink", "flat"), "kind": "gates"}
     told |= {"output": "never.safetensors", "base": "/nowhere", **changes}
     with pytest.raises(UserError, match=words):

@@ -149,11 +149,7 @@ def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
     ink = (twice.strengths or {})["ink"]
     assert isinstance(ink, ByPart) and ink.steps == Schedule([1, 1, 0, 0, 0, 0, 1])  # a second level within each step
     alone = Cell("", 0, {"ink": 0.5, "off": 0.0})
-    assert (
-        composed([alone], "switch", Drawing(adapters, tiny_pipe.scheduler, 4))
-        == [alone]
-        == rows_of([alone], "composite").cells
-    )
+    assert composed([alone], "switch", Drawing(adapters, tiny_pipe.scheduler, 4)) == [alone]
 
 
 def uneven(file: Path, to: Path, seed: int) -> Path:
@@ -283,13 +279,32 @@ def test_a_composition_is_one_file_and_a_row_of_the_table(monkeypatch: pytest.Mo
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:
     cells = [Cell("a", 0, {"ink": 0.5, "flat": ByPart(1.5, {"unet": 0.5})}), Cell("b", 1, {"ink": 0.5, "flat": 0.0})]
     rows = rows_of(cells, "composite")
-    assert [row.strengths for row in rows.cells] == [
-        {"ink": ByPart(1.0), "flat": 0.0}, {"ink": 0.0, "flat": ByPart(1.0, {"unet": 0.5})}, {"ink": 0.5, "flat": 0.0}
-    ]  # fmt: skip
-    assert (rows.pictures, rows.weights, rows.firsts) == ((0, 0, 1), (0.25, 0.75, 1.0), [0, 2])
+    ink, none = {"ink": ByPart(1.0), "flat": 0.0}, {"ink": 0.0, "flat": 0.0}
+    assert [row.strengths for row in rows.cells] == [ink, {"ink": 0.0, "flat": ByPart(1.0, {"unet": 0.5})}, ink, none]
+    assert (rows.pictures, rows.weights, rows.firsts) == ((0, 0, 1, 1), (0.25, 0.75, 0.5, 0.5), [0, 2])
     assert rows_of(cells, "add").cells == cells
-    with pytest.raises(UserError, match="'flat' cannot be -1"):
-        rows_of([Cell("", 0, {"ink": 1.0, "flat": -1.0})], "composite")
+    for strengths in ({"ink": 1.0, "flat": -1.0}, {"ink": -1.0, "flat": 0.0}):
+        with pytest.raises(UserError, match="cannot be -1"):
+            rows_of([Cell("", 0, strengths)], "composite")
+
+
+def shares(**strengths: float) -> tuple[float, ...]:
+    """The share that each adapter has in the mean of composite, and then the base's."""
+    rows, found = rows_of([Cell("", 0, strengths)], "composite"), dict.fromkeys((*strengths, "base"), 0.0)
+    for row, weight in zip(rows.cells, rows.weights, strict=True):
+        (acting,) = [name for name, one in used(row).items() if one == ByPart(1.0)] or ["base"]
+        found[acting] += weight
+    return tuple(found.values())
+
+
+def test_a_mean_has_no_jump_where_an_adapter_is_turned_off() -> None:
+    assert shares(ink=0.6, flat=0.4) == (0.6, 0.4, 0.0)
+    assert shares(ink=0.6, flat=0.1) == pytest.approx((0.6, 0.1, 0.3))
+    assert shares(ink=0.6, flat=0.0) == (0.6, 0.0, 0.4) == pytest.approx(shares(ink=0.6, flat=1e-9), abs=1e-6)
+    assert shares(ink=2.0, flat=0.0) == (1.0, 0.0, 0.0) == pytest.approx(shares(ink=2.0, flat=1e-9), abs=1e-6)
+    assert shares(ink=0.0, flat=0.0) == (0.0, 0.0, 1.0) == pytest.approx(shares(ink=1e-9, flat=0.0), abs=1e-6)
+    assert shares(ink=1.0, flat=1.0) == (0.5, 0.5, 0.0) == shares(ink=0.5, flat=0.5)
+    assert len(rows_of([Cell("", 0, {"ink": 1 - 0.9, "flat": 0.9})], "composite").cells) == 2  # 1 but for rounding
 
 
 @pytest.mark.slow

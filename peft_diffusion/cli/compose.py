@@ -9,7 +9,7 @@ def train(config: ComposeTrainConfig) -> None:
     """Learn how much of each adapter acts in each block and step, from a few pictures for each.
 
     The adapters stay as they are. What is written is a small file that names them by digest; generate --compose-file takes
-    it.
+    it. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
     config.check()  # before torch is imported, which takes seconds
     from .. import api

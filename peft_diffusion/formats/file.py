@@ -29,7 +29,7 @@ from .names import site_name
 from .origin import NOT_RUN, origin
 from .planning import IDLE, NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
 from .spec import KEY as SPEC
-from .spec import Spec, refuse_unknown
+from .spec import Spec, other_weights, refuse_unknown
 
 if TYPE_CHECKING:
     from ..bases.base import BaseInfo
@@ -819,7 +819,5 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase, info: "Info
             f"{path} was trained on a base that predicts {predicted}, and this one says {here}; --prediction, and in Python"
             " load_base(..., prediction=...), say otherwise where the base is the same"
         )
-    if spec and made_for and base.fingerprint not in ("", made_for):
-        name = spec.base.get("name")
-        found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
-    return tuple(found)
+    differs = other_weights(path, spec.base, base.fingerprint) if spec else None
+    return tuple(found if differs is None else (*found, differs))

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from .. import methods
 from ..core.errors import UserError
 from ..core.parsing import json_value, refusing
+from ..core.shortening import brief
 
 KEY = "peft_diffusion"  # the metadata entry that holds it, as JSON
 VERSION = 1
@@ -68,6 +70,23 @@ class Spec:
             _check(spec)
             spec.to_json()  # of what is nested too deep nothing can be written
         return spec
+
+
+def other_weights(path: Path, base: Mapping[str, Any], here: str, did: str = "trained") -> str | None:
+    """Say of a file that it was made on a base of other weights than the one that it is used on.
+
+    Args:
+        path: The file.
+        base: What it says of its base.
+        here: The fingerprint of the base that it is used on; "" for one without weights.
+        did: What was done on that base.
+
+    Returns:
+        The warning; None where the weights are the same, or one of both is not known.
+    """
+    if not here or base.get("fingerprint") in (None, "", here):
+        return None
+    return f"{path} was {did} on {brief(str(base.get('name')))!r}, whose weights differ from this base's; results may differ"
 
 
 def refuse_unknown(spec: Spec, where: str) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from ..bases.prompts import Encoding
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
-from ..core.shortening import brief
 from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..formats import composition
+from ..formats.spec import other_weights
 from .compositions import COMPOSITIONS, LEARNED
 from .compositions.declared import Drawing
 from .sampler import Cell
@@ -74,10 +74,9 @@ def tell_base(adapters: "Adapters", file: Path | None, tell: Observer) -> None:
     """
     if file is None:
         return
-    made = composition.read(file).base
-    if made.get("fingerprint") not in (None, adapters.base.fingerprint):
-        name = brief(str(made.get("name")))
-        tell(Warned(f"{file} was learned on {name!r}, whose weights differ from this base's; results may differ"))
+    differs = other_weights(file, composition.read(file).base, adapters.base.fingerprint, "learned")
+    if differs is not None:
+        tell(Warned(differs))
 
 
 def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:

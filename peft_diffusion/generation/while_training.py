@@ -78,7 +78,7 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[Ot
 
 
 @contextmanager
-def carried(base: Base, files: Sequence[Path], tell: Observer) -> Iterator[tuple[str, ...]]:
+def carried(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[Other]]:
     """Attach adapters at strength 1 for as long as a training weighs them.
 
     Args:
@@ -87,19 +87,20 @@ def carried(base: Base, files: Sequence[Path], tell: Observer) -> Iterator[tuple
         tell: Is told what should be known of them.
 
     Yields:
-        What each is called on the base.
+        What is known of each.
 
     Raises:
         UserError: A file is missing, is no adapter or does not fit the base.
     """
-    adapters, names = Adapters(base), list[str]()
+    adapters, found = Adapters(base), list[Other]()
     try:
-        for path in files:
-            names.append(adapters.load(path, warn=warner(tell)))
-        yield tuple(names)
+        for path in map(Path, files):
+            name = adapters.load(path, warn=warner(tell))
+            found.append(Other(name, {"file": path.name, "sha256": adapters[name].sha256}, adapters[name].spec.trigger))
+        yield found
     finally:
-        for name in names:
-            adapters.remove(name)
+        for one in found:
+            adapters.remove(one.name)
 
 
 class TrainingPictures:

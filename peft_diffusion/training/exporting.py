@@ -21,9 +21,10 @@ from .loop.optimizers import OPTIMIZERS
 from .record import checkpoint as checkpoints
 from .record.checkpoint import Checkpoint
 from .record.run_folder import RunFolder, check_output
-from .settings.export import ExportConfig, of_step
+from .settings.export import ExportConfig, layout_of_step, of_step
 from .settings.pictures import ResolvedConfig, block_rates
 from .settings.placements import blocks
+from .settings.resumption import FILES, WEIGHED
 from .settings.text import ResolvedTextConfig
 
 
@@ -43,8 +44,7 @@ def export(config: ExportConfig) -> Path:
     """
     found = _checkpoint(config)
     run = _settings_of(found, config.run)
-    named, layout = of_step(run.output, run.save_as, found.state.step)
-    output = config.output or Path(named)
+    output = config.output or Path(of_step(run.output, found.state.step))
     check_output(output, overwrite=config.overwrite)
     base = _base(run, config.base)
     info = describe(base)
@@ -63,7 +63,8 @@ def export(config: ExportConfig) -> Path:
         losses = trained(step, found.seconds, measured.get(0), found.held_out)
         words = triggers(getattr(run, "trigger", ""), placed)
         spec = spec_of(parts, placed, asdict(info), words, portable(run) | dict(found.training) | losses, output.stem)
-        layout = config.save_as or (layout if config.output is None else run.save_as)
+        own = layout_of_step(run.output, run.save_as) if config.output is None else run.save_as
+        layout = config.save_as or own
         dtype = config.save_dtype or run.save_dtype
         formats.save(output, parts, NAME, spec, layout=layout, dtype=DTYPES[dtype])
     finally:
@@ -98,6 +99,11 @@ def _checkpoint(config: ExportConfig) -> Checkpoint:
 def _settings_of(found: Checkpoint, where: Path) -> ResolvedConfig | ResolvedTextConfig:
     """The settings of the run. Raises UserError where this version does not know them."""
     told: Mapping[str, Any] = found.origin.config
+    if told.get(FILES, {}).get(WEIGHED):
+        raise UserError(
+            f"{where} is of a run that weighs adapters, and has none to export; to end it at a step, and have its file: "
+            f"peft-diffusion compose train --config RUN/config.toml --resume --steps {found.state.step}"
+        )
     known = {**told, "resume": False, "overwrite": False, "asked": {}, "derived": {}}
     try:
         if "folder" in told:

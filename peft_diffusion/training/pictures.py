@@ -15,12 +15,13 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer, Warned, untold
 from ..core.others import Other
-from ..core.settings import flag, pick
+from ..core.settings import flag, pick, to_json
 from ..data.borders import Colour, paper
 from ..data.buckets import place
 from ..data.captions import tag_frequency, with_trigger
 from ..data.images import open_picture
 from ..fast.unet import fused
+from .adapter_learner import AdapterLearner, check_asked
 from .attachment import NAME, selected_components, triggers, with_words
 from .drawing import Drawing
 from .events import Data, LookGains, PreviewsChosen
@@ -48,7 +49,7 @@ _PROMPT = 200  # characters of a prompt that is proposed
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Folders of pictures, and the pipeline that is to learn from them: a `run.Source`.
+    """Folders of pictures, and the pipeline that is to learn from them: a `run.RatedSource`.
 
     Attributes:
         asked: The settings as they were given.
@@ -81,6 +82,11 @@ class PictureSource:
         return cls(config, pipe, drawing, absent)
 
     @property
+    def others(self) -> Sequence[str]:
+        """The adapters that the new one is trained beside."""
+        return self.asked.beside
+
+    @property
     def lent(self) -> Pipeline | None:
         """The pipeline of the caller."""
         return self.pipe
@@ -94,6 +100,10 @@ class PictureSource:
     def run_dir(self) -> Path:
         """The run folder."""
         return run_path(self.asked)
+
+    def check(self) -> None:
+        """See that there are such methods, targets and an optimizer."""
+        check_asked(self.asked, self.folder)
 
     def on(self, device: str) -> Self:
         """The same on another device."""
@@ -127,7 +137,7 @@ class PictureSource:
 
 
 class PictureMaterial:
-    """A pipeline that is loaded, and pictures that are encoded; see `run.Material` for what each method is for."""
+    """A loaded pipeline, and encoded pictures; `adapter_learner.AdapterMaterial` says what each method is for."""
 
     data: Data = "pictures"
 
@@ -143,6 +153,15 @@ class PictureMaterial:
         self.seed = self.config.seed
         self.parts = selected_components(self.base, self.config.components)
         self.blocks = with_words(self.base, blocks(self.config))
+
+    def learner(self, folder: RunFolder, others: Sequence[Other], tell: Observer) -> AdapterLearner:
+        """A fresh adapter."""
+        return AdapterLearner(self, folder, others, tell)
+
+    @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins of methods and of the family."""
+        return plugins_of(self.config, self.info.family)
 
     def rate(self, component: str) -> float:
         """The learning rate of a component."""
@@ -251,7 +270,7 @@ class PictureMaterial:
         thumbnails(folder.thumbnails, prepared.of_run.all, self.config.background)
         apart = len(prepared.of_run.apart)
         return Facts(
-            defaults=self._defaults(),
+            defaults=to_json(self._defaults()) | {"method": TrainConfig.method},
             held_out=f"{apart} of them are kept apart to measure on" if apart else "",
             prompts=previews.prompts if previews else [],
         )
@@ -269,7 +288,7 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", self._own_prompt(), flags, plugins_of(config, self.info.family))
+        return next_command("generate", self._own_prompt(), flags, self.plugins)
 
     def _own_prompt(self) -> str:
         """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""

@@ -1,30 +1,30 @@
-"""The course of a run, whatever it learns from: prepare, attach an adapter, train, measure, keep, write, leave the base.
+"""The course of a run, whatever it trains: prepare, train, measure, keep, write, leave the base.
 
-A `Source` knows what is learned from and how that is read; what it opens, a `Material`, is trained on. Everything else is
-the same for pictures and for text, and stands here once.
+A `Source` knows what is learned from and how that is read; what it opens, a `Material`, is trained on, and what is trained
+there is a `Learner`. Everything else is the same for pictures and text, and for adapters and what weighs them, and stands
+here once.
 """
 
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import formats
 from ..bases import checksum, components
 from ..bases.base import Base, frozen
 from ..bases.words import teach
-from ..core import plugins, site, targets
+from ..core import site
 from ..core.arena import Arena
-from ..core.errors import Interrupted, UnknownMethodError, UserError
+from ..core.errors import Interrupted
 from ..core.events import (
     Ended,
     Event,
-    Noted,
     Observer,
     Observers,
     Stop,
@@ -36,16 +36,11 @@ from ..core.events import (
 )
 from ..core.files import claimed, explained
 from ..core.others import Other
-from ..core.settings import Settings, pick, portable, to_json
-from ..fast.low_rank import Working
-from ..formats.file import DTYPES, check
-from ..formats.layout import DEFAULT
-from .attachment import NAME, Attached, at_strength, attach, described, spec_of, trained
-from .beginning import Beside, begin_from
+from ..core.settings import Settings, pick, to_json
+from .attachment import NAME
+from .beginning import Beside
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
-from .loop.optimizers import check_optimizer
-from .loop.overlap import Overlap
-from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
+from .loop.trainer import Passes, Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Processes, join
 from .record.checkpoint import Origin, digest
@@ -58,9 +53,7 @@ from .record.trackers import Tracker, check_tracker
 from .results import FoundRates, Outcome, RunResult
 from .settings.choices import LogWith
 from .settings.export import of_step
-from .settings.pictures import TrainConfig
-from .settings.placements import Placement, check_methods, plugins_of, targets_of
-from .settings.resumption import BESIDE, DERIVED, FILES, INIT, PROCESSES
+from .settings.resumption import DERIVED, FILES, PROCESSES
 from .settings.shared import AskedSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_several_processes
@@ -71,7 +64,7 @@ from .watch.strength import suggest
 _TOO_EARLY = "stopped before the first step: there is nothing to go on from"
 
 Result = TypeVar("Result", bound=RunResult)
-Made = TypeVar("Made", bound=RunResult, covariant=True)
+Taken = TypeVar("Taken", bound=RunResult, contravariant=True)
 
 
 class BaseInfo(Settings, Protocol):
@@ -90,24 +83,86 @@ class Facts:
     """What a report tells of a run besides its settings and measurements.
 
     Attributes:
-        defaults: What the settings would be if nothing had been said but what is learned from, with which method.
+        defaults: What the settings would be if nothing had been said but what is learned from, with which method, as JSON.
         held_out: How much is kept apart to measure on, in words; empty where nothing is.
         prompts: Those of the previews; None for a run that could have none.
     """
 
-    defaults: Settings
+    defaults: Mapping[str, Any]
     held_out: str
     prompts: Sequence[str] | None = None
 
 
-class Material(Protocol[Made]):
-    """A base that is loaded, and data that was read: what a run works on.
+class Learner(Protocol[Taken]):
+    """What a run trains: an adapter, or what weighs adapters. The base carries it from the time it is made."""
 
-    Attributes:
-        beside: The adapters that the base carries meanwhile. Set before `task` is asked for.
-    """
+    @property
+    def arena(self) -> Arena:
+        """Its parameters, in groups."""
+        ...
 
-    beside: Sequence[Other]
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """The learning rate of each group."""
+        ...
+
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """Groups without weight decay."""
+        ...
+
+    @property
+    def ends(self) -> Mapping[str, float]:
+        """The share of the run in which a group learns, for those that learn in less than all of it."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, Any]:
+        """The adapter files that it depends on beside settings and data, by what for; see `settings.resumption`."""
+        ...
+
+    @property
+    def penalty(self) -> Callable[[], Tensor] | None:
+        """Gives what is added to the loss and depends on the weights alone; None for nothing."""
+        ...
+
+    def passes(self) -> Passes:
+        """Make what every pass forward and backward of a trainer runs inside.
+
+        Returns:
+            It.
+        """
+        ...
+
+    def described(self) -> str:
+        """Tell what is trained.
+
+        Returns:
+            In words.
+        """
+        ...
+
+    @property
+    def at_strength(self) -> Callable[[float], AbstractContextManager[None]] | None:
+        """Has it act as much as a strength says, for what is done inside; None for what has no strength of its own."""
+        ...
+
+    def save(self, path: Path, result: Taken, known: Mapping[str, Any]) -> None:
+        """Write its file, with the weights that it has now.
+
+        Args:
+            path: The file; its folder is there.
+            result: What the run gave so far.
+            known: What is known of the training since before the first step.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        ...
+
+
+class Material(Protocol[Result]):
+    """A base that is loaded, and data that was read: what a run works on."""
 
     @property
     def data(self) -> Data:
@@ -124,72 +179,40 @@ class Material(Protocol[Made]):
         """What is known of the base."""
         ...
 
-    @property
-    def parts(self) -> Mapping[str, nn.Module]:
-        """The components that are trained, by name."""
-        ...
-
-    @property
-    def blocks(self) -> Sequence[Placement]:
-        """Which method is trained at which sites."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """What all chance of the run comes from."""
-        ...
-
-    def rate(self, component: str) -> float:
-        """Choose the learning rate of a component.
+    def learner(self, folder: RunFolder, others: Sequence[Other], tell: Observer) -> Learner[Result]:
+        """Make what is trained. Asked for once, and before the task.
 
         Args:
-            component: Its name.
+            folder: The run folder, which says how a run that goes on began.
+            others: The adapters that the base carries meanwhile.
+            tell: Is told what should be known of it.
 
         Returns:
-            The rate.
-        """
-        ...
+            It, on the base.
 
-    def block_rates(self) -> Mapping[str, float]:
-        """Choose the learning rates of blocks of the network.
-
-        Returns:
-            By the name of the block, those that have one of their own.
-        """
-        ...
-
-    def until(self, component: str) -> float:
-        """Tell for how long a component learns.
-
-        Args:
-            component: Its name.
-
-        Returns:
-            The share of the run, above 0; 1 for all of it.
-        """
-        ...
-
-    def rate_flags(self) -> Mapping[str, str]:
-        """Name the flags that set learning rates.
-
-        Returns:
-            A flag by component; empty where blocks have rates of their own.
+        Raises:
+            UserError: It cannot be made on this base.
         """
         ...
 
     @property
     def task(self) -> Task:
-        """What is learned. Asked for once the adapter is attached and its words are taught: data may become others by it."""
+        """What is learned. Asked for once the learner is made: data may become others by the words that it teaches."""
         ...
 
     @property
     def config(self) -> RunSettings:
-        """The settings, with every value that a run needs. Asked for after `task`."""
+        """The settings, with every value that a run needs. Asked for after `learner`."""
         ...
 
     @property
     def items(self) -> Sequence[dict[str, str]]:
         """What is learned from, piece by piece, as ``data.json`` holds it; checkpoints hold its digest."""
+        ...
+
+    @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins that the run needs."""
         ...
 
     def faster(self) -> AbstractContextManager[None]:
@@ -251,7 +274,7 @@ class Material(Protocol[Made]):
         """
         ...
 
-    def result(self, found: RunResult) -> Made:
+    def result(self, found: RunResult) -> Result:
         """Complete the result with what only this kind of run has.
 
         Args:
@@ -263,28 +286,37 @@ class Material(Protocol[Made]):
         ...
 
     def training(self) -> Mapping[str, Any]:
-        """Add to the training summary of the adapter file what is known before the first step.
+        """Add to the training summary of the file what is known before the first step.
 
         Returns:
             Entries beside those of the settings, and in place of some.
         """
         ...
 
-    def triggers(self) -> Sequence[str]:
-        """List the words that call what was learned.
+
+class RatedMaterial(Material[Result], Protocol[Result]):
+    """One whose learning rates can be searched for."""
+
+    def rate_flags(self) -> Mapping[str, str]:
+        """Name the flags that set learning rates.
 
         Returns:
-            The words.
+            A flag by component; empty where blocks have rates of their own.
         """
         ...
 
 
-class Source(Protocol[Made]):
+class Source(Protocol[Result]):
     """What a run learns from, as it was asked for; nothing is loaded yet."""
 
     @property
     def asked(self) -> AskedSettings:
         """The settings as they were given."""
+        ...
+
+    @property
+    def others(self) -> Sequence[str]:
+        """The adapters that the base is to carry meanwhile, as `train` is given what attaches them."""
         ...
 
     @property
@@ -294,12 +326,20 @@ class Source(Protocol[Made]):
 
     @property
     def output(self) -> Path:
-        """The adapter file that is to be made."""
+        """The file that is to be made."""
         ...
 
     @property
     def run_dir(self) -> Path:
         """The run folder."""
+        ...
+
+    def check(self) -> None:
+        """Find out what can be told with neither base nor data.
+
+        Raises:
+            UserError: Something cannot be as it was asked for.
+        """
         ...
 
     def on(self, device: str) -> Self:
@@ -338,18 +378,7 @@ class Source(Protocol[Made]):
         """
         ...
 
-    def search_folder(self) -> RunFolder:
-        """Choose where a search for learning rates writes, after seeing that it can.
-
-        Returns:
-            The folder.
-
-        Raises:
-            UserError: It cannot be written.
-        """
-        ...
-
-    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> Material[Made]:
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> Material[Result]:
         """Load the base and read the data.
 
         Args:
@@ -365,6 +394,25 @@ class Source(Protocol[Made]):
         """
         ...
 
+
+class RatedSource(Source[Result], Protocol[Result]):
+    """One whose learning rates can be searched for."""
+
+    def search_folder(self) -> RunFolder:
+        """Choose where a search for learning rates writes, after seeing that it can.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        ...
+
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> RatedMaterial[Result]:
+        """Load the base and read the data: see `Source.open`."""
+        ...
+
     def remark(self, found: FoundRates) -> Event | None:
         """Say what should be known of rates that were found.
 
@@ -378,11 +426,11 @@ class Source(Protocol[Made]):
 
 
 def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] = (), stop: Stop | None = None) -> Result:
-    """Learn from a source and write what was learned as one adapter file.
+    """Learn from a source and write what was learned as one file.
 
     Args:
         source: What is learned from.
-        beside: Puts on the base what the adapter is trained beside.
+        beside: Puts on the base the adapters that it carries meanwhile.
         observers: Are told what happens, in this thread; of several processes, only by the one that leads.
         stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT, SIGTERM and
             SIGHUP do the same from the first step on, where this is the main thread.
@@ -402,7 +450,7 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
         else:
             tell.others = [untold]
         processes, source = source.processes(processes), source.on(device)
-        _check_methods(source)
+        source.check()
         check_tracker(source.asked.log_with)
         folder = source.folder()
         if source.asked.resume:
@@ -415,7 +463,7 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
                 tell.own = [recorder, ReportWriter(folder), *tell.own]
             material = source.open(folder, processes, _stopping(tell, stop, processes))
             with (
-                beside(material.base, source.asked.beside, tell) as others,
+                beside(material.base, source.others, tell) as others,
                 material.faster(),
                 base_kept(material.base, material.info.fingerprint, tell) as before,
             ):
@@ -444,7 +492,7 @@ def _claimed(output: Path) -> AbstractContextManager[None]:
 
 
 def find_rates(
-    source: Source[Result], beside: Beside, observers: Sequence[Observer] = (), stop: Stop | None = None
+    source: RatedSource[Result], beside: Beside, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> FoundRates:
     """Find a learning rate for a training by trials, without doing it: see `watch.find_lr`.
 
@@ -452,7 +500,7 @@ def find_rates(
 
     Args:
         source: What is learned from.
-        beside: Puts on the base what the adapter is trained beside.
+        beside: Puts on the base the adapters that it carries meanwhile.
         observers: Are told what happens, in this thread.
         stop: Where it is set, the search ends. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this
             is the main thread.
@@ -469,11 +517,11 @@ def find_rates(
         refuse_several_processes(processes)
         _notify(source, tell)
         source = source.on(device)
-        _check_methods(source)
+        source.check()
         folder = source.search_folder()
         material = source.open(folder, processes, _stopping(tell, stop, processes))
         with (
-            beside(material.base, source.asked.beside, tell) as others,
+            beside(material.base, source.others, tell) as others,
             material.faster(),
             base_kept(material.base, material.info.fingerprint, tell),
         ):
@@ -490,29 +538,6 @@ def find_rates(
     return found
 
 
-def _check_methods(source: Source[Any]) -> None:
-    """Check the methods that a run asks for, their targets and the optimizer: all that needs neither base nor data.
-
-    Raises:
-        UserError: As `check_methods`, `targets.check` and `check_optimizer` do; where the run that shall go on was trained
-            with a plug-in that was not loaded, the error names it.
-    """
-    try:
-        check_methods(source.asked)
-        for target in targets_of(source.asked):
-            targets.check(target)
-        check_optimizer(source.asked.optimizer)
-    except UnknownMethodError as error:
-        folder = source.folder() if source.asked.resume else None
-        missing = [module for module in folder.plugins if module not in plugins.loaded()] if folder else []
-        if folder is None or not missing:
-            raise
-        flags = " ".join(f"--plugin {module}" for module in missing)
-        raise UserError(
-            f"method {error.name!r} is not known; the run in {folder.path} was trained with {flags}: give that too"
-        ) from None
-
-
 class _Run(Generic[Result]):
     """One training: an adapter on a base, its trainer, and what is kept of it."""
 
@@ -524,71 +549,43 @@ class _Run(Generic[Result]):
         processes: Processes,
         others: Sequence[Other],
     ) -> None:
-        # What the adapter depends on beside settings and data.
-        self.files: dict[str, Any] = {BESIDE: [dict(other.told) for other in others]} if others else {}
         self.material = material
         self.folder = folder
         self.tell = tell
         self.processes = processes
-        attached = attach(material.parts, material.blocks, material.seed, material.rate, material.block_rates())
-        teach(material.base)  # before texts become tokens
-        self._begin()
-        if material.config.save_as != DEFAULT:  # which can say everything
-            spec = formats.Spec(base=asdict(material.info))
-            check(material.config.output, material.parts, NAME, spec, layout=material.config.save_as)
-        self.arena = Arena(attached.groups)
-        material.beside = tuple(others)
+        self.learner = learner = material.learner(folder, others, tell)
+        self.arena = learner.arena
         task, config = material.task, material.config
-        self.overlap = self._overlap(config.orthogonal, others)
-        if others and self.arena.flat.is_cuda:
-            tell(Noted("layers that others change too are computed one adapter after the other, not in one fused product"))
-        self.adapter = described(material.parts, material.blocks, self.arena.count)
-        plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": processes.size})
-        tell(Prepared(self.adapter, self.arena.count, plan))
-        self.trainer = self.trial(task, self._settings(attached))
+        rates = {"rates": learner.rates}
+        plan = pick(Plan, config, rates, {"data": material.data, "batch": _batch(config), "processes": processes.size})
+        tell(Prepared(learner.described(), self.arena.count, plan))
+        self.trainer = self.trial(task, self._settings())
         self.trainer.observers = [tell]
         self.previews = material.previews(self.trainer, folder) if processes.measures else None
         self.outcome: Outcome | None = None
 
-    def _begin(self) -> None:
-        """Let the adapter begin as that of a file, where one is named; a run that goes on has begun already."""
-        material = self.material
-        path, before = material.config.init_from, self.folder.newest() if material.config.resume else None
-        if before is not None:
-            begun = before.origin.config.get(FILES, {}).get(INIT)
-        else:
-            begun = None if path is None else begin_from(path, material.base, material.parts, self.tell)
-        self.files |= {} if begun is None else {INIT: begun}
-
-    def _overlap(self, weight: float, others: Sequence[Other]) -> Callable[[], Tensor] | None:
-        """The penalty on reading what others read; None where there is none. Raises UserError where none can be."""
-        if not weight:
-            return None
-        overlap = Overlap(self.material.parts, NAME, [other.name for other in others])
-        if overlap.left_out:
-            told = f"{overlap.left_out} layers that others change too, as they are no pairs of low rank there"
-            self.tell(Warned(f"--orthogonal compares {overlap.layers} layers, and not {told}"))
-        return lambda: weight * overlap()
-
-    def _settings(self, attached: Attached) -> TrainerSettings:
-        config = self.material.config
-        ends = {group: self.material.until(owner) for group, owner in attached.owners.items()}
-        steps = {"ends": {group: max(1, round(share * config.steps)) for group, share in ends.items() if share < 1}}
-        settings = pick(TrainerSettings, config, attached, steps, {"loss_scaling": config.precision == "float16"})
+    def _settings(self) -> TrainerSettings:
+        config, learner = self.material.config, self.learner
+        own = {
+            "rates": learner.rates,
+            "undecayed": learner.undecayed,
+            "ends": {group: max(1, round(share * config.steps)) for group, share in learner.ends.items()},
+            "loss_scaling": config.precision == "float16",
+        }
+        settings = pick(TrainerSettings, config, own)
         # No CUDA graph holds weights that come and go.
         return replace(settings, cuda_graph=False) if self.processes.shares_base else settings
 
     def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
-        """A trainer of the adapter, which nobody watches."""
-        passes = Working(self.arena.flat, self.arena.grad)
+        """A trainer of what is learned, which nobody watches."""
         return Trainer(
             task,
             self.arena,
             settings,
             processes=self.processes,
             data=self.material.data,
-            passes=passes,
-            penalty=self.overlap,
+            passes=self.learner.passes(),
+            penalty=self.learner.penalty,
         )
 
     def memory_plan(self) -> MemoryPlan:
@@ -620,7 +617,7 @@ class _Run(Generic[Result]):
         """Write the adapter file with what is worth knowing of it."""
         config, result = self.material.config, self._result(base, seconds)
         if self.processes.leads:
-            self._save(config.output, config.save_as, result)
+            self._save(config.output, result)
             self.tell(Saved("adapter", self._kept, config.output))
         self.processes.wait()
         return result
@@ -646,21 +643,20 @@ class _Run(Generic[Result]):
         )
         return self.material.result(found)
 
-    def _save(self, path: Path, layout: str, result: Result) -> None:
-        """Write an adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
+    def _save(self, path: Path, result: Result) -> None:
+        """Write a file of the weights that the run gives. Raises UserError where the disk refuses."""
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        config, spec = self.material.config, self._spec(path, result)
         with self.trainer.final_weights():
-            formats.save(path, self.material.parts, NAME, spec, layout=layout, dtype=DTYPES[config.save_dtype])
+            self.learner.save(path, result, self._known())
 
     def _start(self, resume: bool) -> Started:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
         processes, config, items = self.processes, self.material.config, self.material.items
         info = self.material.info
-        origin = origin_of(config, items, info.fingerprint, processes, self.files)
+        origin = origin_of(config, items, info.fingerprint, processes, self.learner.files)
         self.folder.training = self._known()
-        modules = plugins_of(config, info.family)
+        modules = self.material.plugins
         processes.wait()  # all have looked at the folder before one writes to it
         if processes.leads:
             self.folder.check()  # again: another process may have begun meanwhile
@@ -687,8 +683,8 @@ class _Run(Generic[Result]):
         material, info = self.material, self.material.info
         own = material.facts(self.folder, self.previews)
         self.folder.note(
-            about=about(self.adapter, self.arena.count, info.name, info.fingerprint),
-            defaults=to_json(own.defaults) | {"method": TrainConfig.method},
+            about=about(self.learner.described(), self.arena.count, info.name, info.fingerprint),
+            defaults=dict(own.defaults),
             warnings=recorder.warnings,
             said=recorder.lines,
             apart=own.held_out,
@@ -729,9 +725,8 @@ class _Run(Generic[Result]):
         self.trainer.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
         config = self.material.config
         if config.keep_last:
-            name, layout = of_step(config.output, config.save_as, state.step)
-            path = self.folder.adapter(name)
-            self._save(path, layout, self._result("", self.folder.elapsed))
+            path = self.folder.adapter(of_step(config.output, state.step))
+            self._save(path, self._result("", self.folder.elapsed))
             self.trainer.tell(Saved("on the way", state.step, path))
             self.folder.thin()
 
@@ -754,31 +749,22 @@ class _Run(Generic[Result]):
                 trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
                 self.tell(WeightsChosen(kept, trainer.step))
         suggestion = None
-        if 0 in held_out and kept in held_out:
-            suggestion = suggest(self._measured, held_out[0], held_out[kept])
+        at_strength = self.learner.at_strength
+        if at_strength is not None and 0 in held_out and kept in held_out:
+            suggestion = suggest(partial(self._measured, at_strength), held_out[0], held_out[kept])
             self.tell(StrengthSuggested(suggestion))
         return Outcome(kept, best, warning, suggestion)
 
-    def _measured(self, strength: float) -> float:
-        with self.trainer.final_weights(), at_strength(self.material.parts.values(), NAME, strength):
+    def _measured(self, at_strength: Callable[[float], AbstractContextManager[None]], strength: float) -> float:
+        with self.trainer.final_weights(), at_strength(strength):
             loss = self.trainer.task.held_out()
         if loss is None:
             raise ValueError("nothing is kept apart")
         return self.processes.agreed(loss)
 
     def _known(self) -> dict[str, Any]:
-        """Entries of the training summary that checkpoints hold too, so that an adapter of one says the same."""
-        return {**self.material.training(), **self.files}
-
-    def _spec(self, path: Path, result: Result) -> formats.Spec:
-        material = self.material
-        training = {
-            **self._known(),
-            **trained(result.steps, result.seconds, result.held_out_before, result.held_out_after),
-            **(result.outcome.training() if result.outcome else {}),
-        }
-        about = portable(material.config) | training
-        return spec_of(material.parts, material.blocks, asdict(material.info), material.triggers(), about, path.stem)
+        """Entries of the training summary that checkpoints hold too, so that a file of one says the same."""
+        return {**self.material.training(), **self.learner.files}
 
 
 def _batch(config: RunSettings) -> int:

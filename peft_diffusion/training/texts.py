@@ -19,8 +19,9 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.files import at_home, refuse_overlaps
 from ..core.others import Other
-from ..core.settings import flag, pick
+from ..core.settings import flag, pick, to_json
 from ..data.text_files import Texts, read_texts
+from .adapter_learner import AdapterLearner, check_asked
 from .attachment import check_placements, new_words, with_words
 from .beginning import with_rank_of_file
 from .events import COLD, IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
@@ -44,7 +45,7 @@ _WORDS, _LETTERS = 6, 60  # of a prompt that is proposed
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text, and the language model that is to learn from it: a `run.Source`.
+    """Text, and the language model that is to learn from it: a `run.RatedSource`.
 
     Attributes:
         asked: The settings as they were given.
@@ -53,6 +54,11 @@ class TextSource:
 
     asked: TextTrainConfig
     base: LanguageModel | None
+
+    @property
+    def others(self) -> Sequence[str]:
+        """The adapters that the new one is trained beside."""
+        return self.asked.beside
 
     @property
     def lent(self) -> LanguageModel | None:
@@ -68,6 +74,10 @@ class TextSource:
     def run_dir(self) -> Path:
         """The run folder."""
         return language_run(self.asked)
+
+    def check(self) -> None:
+        """See that there are such methods, targets and an optimizer."""
+        check_asked(self.asked, self.folder)
 
     def on(self, device: str) -> Self:
         """The same on another device."""
@@ -129,7 +139,7 @@ class _Tokens:
 
 
 class TextMaterial:
-    """A language model that is loaded, and text that was read; see `run.Material` for what each method is for."""
+    """A loaded language model, and text; `adapter_learner.AdapterMaterial` says what each method is for."""
 
     data: Data = "text"
 
@@ -159,6 +169,15 @@ class TextMaterial:
         self.parts = components(base)
         self.blocks = with_words(base, blocks(self.first))
         check_placements(self.parts, self.blocks)  # before texts become tokens
+
+    def learner(self, folder: RunFolder, others: Sequence[Other], tell: Observer) -> AdapterLearner:
+        """A fresh adapter."""
+        return AdapterLearner(self, folder, others, tell)
+
+    @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins of methods."""
+        return plugins_of(self.config, self.info.family)
 
     def rate(self, component: str) -> float:
         """The learning rate."""
@@ -261,8 +280,9 @@ class TextMaterial:
             precision=config.precision,
         )  # fmt: skip
         apart = 0 if self.tokens.held_out is None else len(self.tokens.held_out)
+        defaults = resolve_language(plain, parameters=quantized.count(self.base.lm), context=self.info.context)
         return Facts(
-            defaults=resolve_language(plain, parameters=quantized.count(self.base.lm), context=self.info.context),
+            defaults=to_json(defaults) | {"method": TextTrainConfig.method},
             held_out=f"{apart:,} tokens are kept apart to measure on" if apart else "",
         )
 
@@ -271,7 +291,7 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", self._own_words(), flags, plugins_of(config, self.info.family))
+        return next_command("text generate", self._own_words(), flags, self.plugins)
 
     def _own_words(self) -> str:
         """The first words of what was learned from."""

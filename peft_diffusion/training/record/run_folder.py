@@ -19,7 +19,7 @@ from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
 from ..settings.derive import undecided
-from ..settings.resumption import BESIDE, FILES, PROCESSES, changes
+from ..settings.resumption import BESIDE, FILES, PROCESSES, WEIGHED, changes
 from ..settings.shared import AskedSettings, RunSettings
 from ..settings.toml import to_toml
 from . import checkpoint as checkpoints
@@ -45,7 +45,13 @@ EARLIER = re.compile(r"until_step_\d{6,}")
 """The folders in ``previews/`` of pictures for other prompts, which the run had before it went on."""
 _ENTRIES = {
     "digest": "another content", "caption": "another caption", "mask": "another mask", "drawn": "other repeats or weight",
+    "adapter": "another adapter",
 }  # fmt: skip
+# Adapter files that a run has by name and digest, by what for: what it was, and how to say the same.
+_USED = {
+    BESIDE: ("was trained beside other adapters", "say the same with --beside"),
+    WEIGHED: ("weighs other adapters", "name the same"),
+}
 
 
 class RunFolder:
@@ -177,7 +183,7 @@ class RunFolder:
         self._check_settings(changes(found.origin.config, config))
         self.check_base(found.origin, origin.base)
         self.check_data(found.origin, items)
-        self._check_beside(found.origin, origin)
+        self._check_used(found.origin, origin)
         self._check_length(found, config.steps)
         step = found.state.step
         self.lost = [
@@ -245,15 +251,16 @@ class RunFolder:
         if before.data != checkpoints.digest(items):
             raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{_ANEW}")
 
-    def _check_beside(self, before: Origin, now: Origin) -> None:
-        """Raise UserError where a run would be trained beside other adapters than it was."""
-        had, has = (one.config.get(FILES, {}).get(BESIDE, []) for one in (before, now))
-        if had != has:
-            was, now_is = (", ".join(f"{one['file']}={one['strength']:g}" for one in each) for each in (had, has))
-            raise UserError(
-                f"the run in {self.path} was trained beside other adapters, or others of these names: {was or 'none'} then,"
-                f" {now_is or 'none'} now; say the same with --beside{_ANEW}"
-            )
+    def _check_used(self, before: Origin, now: Origin) -> None:
+        """Raise UserError where a run would have other adapters on its base than it had."""
+        for use, (did, mend) in _USED.items():
+            had, has = (one.config.get(FILES, {}).get(use, []) for one in (before, now))
+            if had != has:
+                was, now_is = (", ".join(map(_used, each)) for each in (had, has))
+                raise UserError(
+                    f"the run in {self.path} {did}, or others of these names: {was or 'none'} then,"
+                    f" {now_is or 'none'} now; {mend}{_ANEW}"
+                )
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read."""
@@ -566,6 +573,11 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None
+
+
+def _used(told: Mapping[str, Any]) -> str:
+    """An adapter that a run has on its base, in words."""
+    return f"{told['file']}={told['strength']:g}" if "strength" in told else str(told["file"])
 
 
 def _listed(folder: Path) -> list[Path]:

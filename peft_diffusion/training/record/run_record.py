@@ -15,6 +15,7 @@ from ...core import checksums
 from ...core.errors import UserError
 from ...core.parsing import json_value, number, refusing
 from ...core.settings import settings_of
+from ..settings.composing import ComposeTrainConfig
 from ..settings.pictures import TrainConfig
 from ..settings.text import TextTrainConfig
 from .measurements import memorisation
@@ -231,11 +232,11 @@ class Record:
 
     @property
     def method(self) -> str:
-        """The method, or those of its blocks."""
+        """The method, or those of its blocks; of a run that weighs adapters, what it learns of them."""
         texts = self.config.get("block", ())
         given = [text.split() for text in texts if isinstance(text, str)] if isinstance(texts, (list, tuple)) else []
         blocks = [words[2] for words in given if len(words) > 2]
-        return " + ".join(dict.fromkeys(blocks)) or str(self.config.get("method", "?"))
+        return " + ".join(dict.fromkeys(blocks)) or str(self.config.get("method", self.config.get("kind", "?")))
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """The settings that were chosen otherwise than the preset has them, each with what the preset says.
@@ -314,7 +315,7 @@ def shown(count: int) -> list[int]:
     return list(range(count)) if count <= _SHOWN else [round(n * (count - 1) / (_SHOWN - 1)) for n in range(_SHOWN)]
 
 
-_SETTINGS = {one.name: one for kind in (TrainConfig, TextTrainConfig) for one in settings_of(kind)}
+_SETTINGS = {one.name: one for kind in (ComposeTrainConfig, TrainConfig, TextTrainConfig) for one in settings_of(kind)}
 PLACES = frozenset(name for name, one in _SETTINGS.items() if one.setting.place)
 """Settings that say where things lie, and nothing of what is learned."""
 PATHS = frozenset(name for name, one in _SETTINGS.items() if one.single is Path)

@@ -26,7 +26,7 @@ from .presets import (
     TEXT_RATES,
 )
 from .resumption import derived_before
-from .shared import AskedSettings, SharedConfig
+from .shared import AskedSettings, MethodSettings, SharedConfig
 from .text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 
 S = TypeVar("S", bound=Settings)
@@ -336,7 +336,7 @@ def undecided(config: AskedSettings) -> frozenset[str]:
         Those that were left out, and those whose text is completed or means what suits the base.
     """
     left_out = {one.name for one in settings_of(type(config)) if getattr(config, one.name) is None}
-    completed = {"block"} if config.block else set()
+    completed = {"block"} if isinstance(config, MethodSettings) and config.block else set()
     completed |= {"precision"} if config.precision == "auto" else set()
     if isinstance(config, TrainConfig) and (config.components == preset_components(config.preset) or _frozen(config)):
         completed |= {"components"}

@@ -45,16 +45,27 @@ class ExportConfig:
             layouts.find(self.save_as)
 
 
-def of_step(run_output: Path, layout: str, step: int) -> tuple[str, str]:
+def of_step(run_output: Path, step: int) -> str:
     """Name the adapter file of a step of a run, where none was named.
 
     Args:
         run_output: The adapter file of the run.
-        layout: The layout of that.
         step: The steps done.
 
     Returns:
-        The file's name, and its layout: kohya's where files of the run's have one name in any folder.
+        The file's name.
     """
-    name = title(run_output)
-    return f"{name}-{step:06}.safetensors", layout if name == run_output.stem else layouts.DEFAULT
+    return f"{title(run_output)}-{step:06}.safetensors"
+
+
+def layout_of_step(run_output: Path, layout: str) -> str:
+    """Choose the layout of such a file.
+
+    Args:
+        run_output: The adapter file of the run.
+        layout: The layout of that.
+
+    Returns:
+        The same, or kohya's where files of the run's layout have one name in any folder.
+    """
+    return layout if title(run_output) == run_output.stem else layouts.DEFAULT

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...core.settings import Settings, flag, plain, settings_of, to_json
 from .placements import ranked
-from .shared import AskedSettings, RunSettings
+from .shared import AskedSettings, MethodSettings, RunSettings
 
 DERIVED = "derived"
 """Where checkpoints hold which settings were derived, beside the settings themselves."""
@@ -17,11 +17,12 @@ PROCESSES = "processes"
 
 
 FILES = "files"
-"""Where they hold which adapter files the run depends on, by what for: `INIT` and `BESIDE`."""
+"""Where they hold which adapter files the run depends on, by what for: `INIT`, `BESIDE` and `WEIGHED`."""
 
 
-INIT, BESIDE = "init_from", "beside"
-"""What the file is called that a run begins from, and those that it is trained beside, also in the spec of its own file."""
+INIT, BESIDE, WEIGHED = "init_from", "beside", "weighed"
+"""What the file is called that a run begins from, those that it is trained beside, and those that it learns to weigh; the
+first two also in the spec of its own file."""
 
 
 def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
@@ -77,7 +78,7 @@ def changes(before: Mapping[str, Any], now: AskedSettings | RunSettings, open: C
     defaults = {one.name: plain(one.default) for one in settings_of(type(now)) if one.default is not MISSING}
     unknown = {name for name, default in defaults.items() if default is None and name not in before}  # derived now
     before = defaults | dict(before)
-    if not ranked(now):  # an older version wrote down a rank that said nothing
+    if isinstance(now, MethodSettings) and not ranked(now):  # an older version wrote down a rank that said nothing
         before["rank"] = current["rank"]
     free = free_on_resume(type(now)) | set(open) | unknown
     names = [name for name in current if name not in free and before.get(name) != current[name]]

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ... import methods
 from ...core.errors import UserError
@@ -35,8 +35,9 @@ WATCH = Group("Watching and keeping", 6)
 MACHINE = Group("Machine", 7)
 
 
+@runtime_checkable
 class MethodSettings(Protocol):
-    """Which methods are trained where; `TrainConfig` has it."""
+    """Which methods are trained where; `TrainConfig` has it, and a training that attaches nothing has not."""
 
     @property
     def components(self) -> tuple[str, ...]: ...
@@ -58,9 +59,11 @@ class MethodSettings(Protocol):
     def resume(self) -> bool: ...
 
 
-class AskedSettings(Settings, MethodSettings, Protocol):
+class AskedSettings(Settings, Protocol):
     """What a run is told that its course depends on before anything is read; `TrainConfig` has it."""
 
+    @property
+    def resume(self) -> bool: ...
     @property
     def device(self) -> str: ...
     @property
@@ -70,34 +73,29 @@ class AskedSettings(Settings, MethodSettings, Protocol):
     @property
     def notify(self) -> str | None: ...
     @property
-    def init_from(self) -> Path | None: ...
-    @property
-    def beside(self) -> tuple[str, ...]: ...
-    @property
-    def optimizer(self) -> OptimizerName: ...
-    @property
     def steps(self) -> int | None: ...
     @property
     def epochs(self) -> float | None: ...
 
 
-class RunSettings(Settings, MethodSettings, Protocol):
-    """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
+class AskedAdapter(AskedSettings, MethodSettings, Protocol):
+    """The same of a run that trains an adapter."""
+
+    @property
+    def optimizer(self) -> OptimizerName: ...
+
+
+class RunSettings(Settings, Protocol):
+    """What the course of a run depends on, whatever it trains; `ResolvedConfig` has it."""
 
     @property
     def asked(self) -> Mapping[str, Any]: ...
     @property
     def derived(self) -> Mapping[str, str]: ...
     @property
+    def resume(self) -> bool: ...
+    @property
     def output(self) -> Path: ...
-    @property
-    def init_from(self) -> Path | None: ...
-    @property
-    def orthogonal(self) -> float: ...
-    @property
-    def save_as(self) -> str: ...
-    @property
-    def save_dtype(self) -> SaveDtype: ...
     @property
     def precision(self) -> Precision: ...
     @property
@@ -142,6 +140,19 @@ class RunSettings(Settings, MethodSettings, Protocol):
     def cuda_graph(self) -> bool: ...
     @property
     def optimizer(self) -> OptimizerName: ...
+
+
+class AdapterSettings(RunSettings, MethodSettings, Protocol):
+    """The same of a run that trains an adapter, with how this begins and what its file is."""
+
+    @property
+    def init_from(self) -> Path | None: ...
+    @property
+    def orthogonal(self) -> float: ...
+    @property
+    def save_as(self) -> str: ...
+    @property
+    def save_dtype(self) -> SaveDtype: ...
 
 
 @settings_class(kw_only=True)
@@ -318,7 +329,7 @@ class SharedConfig:
     def __post_init__(self) -> None:
         settle(self)
         if self.notify is not None:
-            _check_command(self.notify)
+            check_command(self.notify)
         if self.save_as != layouts.DEFAULT:
             layouts.find(self.save_as)
         if self.orthogonal and not self.beside:
@@ -355,8 +366,15 @@ class FindLr:
         settle(self)
 
 
-def _check_command(command: str) -> None:
-    """Raise UserError for a command that cannot be split into words."""
+def check_command(command: str) -> None:
+    """See that what ``--notify`` runs is a command.
+
+    Args:
+        command: What was given.
+
+    Raises:
+        UserError: It cannot be split into words, or has none.
+    """
     try:
         words = shlex.split(command)
     except ValueError as error:
