@@ -187,8 +187,7 @@ def draw(
         for mix in parts
     ]
     cells = [_mixed(start, mix) for start in starts for mix in columns]
-    texts = [text for text in written or prompts for _ in columns]
-    told = cell_recipes(adapters, cells, config, written=texts)
+    told = cell_recipes(adapters, cells, config, written=[text for text in written or prompts for _ in columns])
     recipes.check_sheet(config.output, [told])
     spare(adapters, config)
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))

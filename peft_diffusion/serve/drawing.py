@@ -225,24 +225,8 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         UserError: They cannot be, or are beyond the limits.
     """
     body.refuse_others()
-    own = body.own
-    if own.auto is not None and not serving.max_auto:
-        raise UserError("auto chooses adapters of a library, which this server does not: start serve with --max-auto 2")
-    batch, rounds = (1 if one is None else one for one in (body.batch_size, body.n_iter))
-    prompt, negative = body.prompt or "", body.negative_prompt or ""
-    for name, value, most in (
-        ("prompt", len(prompt), _LONGEST),
-        ("negative_prompt", len(negative), _LONGEST),
-        *((f"the prompt of region {n}", len(one.prompt or ""), _LONGEST) for n, one in enumerate(own.region, 1)),
-        ("auto", own.auto or 0, serving.max_auto),
-        ("steps", body.steps or 0, serving.max_steps),
-        ("batch_size", batch, serving.max_batch),
-        ("batch_size times n_iter", batch * rounds, serving.max_pictures),
-    ):
-        if value > most:
-            raise UserError(f"{name} is at most {most} here, not {value}")
-    if rounds < 1:
-        raise UserError(f"n_iter must be 1 or more, not {rounds}")
+    _check_limits(body, serving)
+    prompt, negative, own = body.prompt or "", body.negative_prompt or "", body.own
     guided = body.cfg_scale is None or body.cfg_scale > 1
     config = replace(
         serving.drawing(held.source),
@@ -253,7 +237,7 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         scheduler=names.with_eta(names.scheduler(body.sampler_name or body.sampler_index, body.scheduler), body.eta),
         width=body.width or None,
         height=body.height or None,
-        batch_size=batch,
+        batch_size=1 if body.batch_size is None else body.batch_size,
         clip_skip=clip_skip,
         tile="both" if body.tiling else None,
         auto=own.auto,
@@ -272,6 +256,26 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
             width, height = config.second_pass.size(width, height, held.info.step)
     _check_pixels(width, height, serving)
     return config
+
+
+def _check_limits(body: Drawing, serving: ServeConfig) -> None:
+    """Raise UserError for more than the server does."""
+    own, batch, rounds = body.own, *(1 if one is None else one for one in (body.batch_size, body.n_iter))
+    if own.auto is not None and not serving.max_auto:
+        raise UserError("auto chooses adapters of a library, which this server does not: start serve with --max-auto 2")
+    for name, value, most in (
+        ("prompt", len(body.prompt or ""), _LONGEST),
+        ("negative_prompt", len(body.negative_prompt or ""), _LONGEST),
+        *((f"the prompt of region {n}", len(one.prompt or ""), _LONGEST) for n, one in enumerate(own.region, 1)),
+        ("auto", own.auto or 0, serving.max_auto),
+        ("steps", body.steps or 0, serving.max_steps),
+        ("batch_size", batch, serving.max_batch),
+        ("batch_size times n_iter", batch * rounds, serving.max_pictures),
+    ):
+        if value > most:
+            raise UserError(f"{name} is at most {most} here, not {value}")
+    if rounds < 1:
+        raise UserError(f"n_iter must be 1 or more, not {rounds}")
 
 
 def _region(body: RegionBody, number: int) -> Region:
