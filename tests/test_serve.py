@@ -29,6 +29,7 @@ from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
 from peft_diffusion.fast import drawing as fast_drawing
+from peft_diffusion.formats import plan
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.generation.kept import Kept
 from peft_diffusion.generation.settings import Choice
@@ -191,7 +192,52 @@ def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, she
         assert one.future.result().notes == other.future.result().notes  # nobody is told of the prompt of another
     rows.clear()
     asked([bodies[0], bodies[4], TextToImage(prompt="a cat", seed=1, **{**told, "steps": 3})])
-    assert sorted(rows) == [2] * 7  # brackets of a trigger, which others read as weights, and other steps
+    assert rows == [6, 6, 2]  # also brackets of a trigger, which others read as weights, and other steps
+    engine.close()
+
+
+@pytest.mark.slow
+def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
+    """Each with its own adapters, which are off the base again when it is done; and in its turn what cannot join."""
+    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu"), lambda _: None)
+    engine.load().future.result()
+    held = engine._held
+    assert held is not None and held.kept is not None
+    kept = held.kept
+    told: dict[str, Any] = {"cfg_scale": 7.0, "sampler_name": "DPM++ 2M", **SIDE}
+    bodies = [
+        TextToImage(prompt="a dog <lora:ink:0.8>", seed=1, steps=6, **told),
+        TextToImage(prompt="a cat <lora:flat:1> <lora:ink:0.3>", seed=2, steps=2, **{**told, "sampler_name": "Euler a"}),
+        TextToImage(prompt="a cat", seed=3, steps=3, **told),
+        TextToImage(prompt="a dog", seed=4, steps=30, **told),
+        TextToImage(prompt="a cat <lora:nothing:1>", seed=5, steps=1, **told),
+        TextToImage(prompt="a cat", seed=6, steps=2, **told),
+    ]
+    jobs: list[Job[Any]] = []
+    calls: list[tuple[int, tuple[str, ...]]] = []
+
+    def come(_: Any, given: Any) -> None:
+        """One at the first step, two at the fourth, one that fails at the fifth, one more where one is given up."""
+        calls.append((len(given[0]), kept.adapters.names))
+        for body in {1: bodies[1:2], 4: bodies[2:4], 5: bodies[4:5], 6: bodies[5:]}.get(len(calls), ()):
+            jobs.append(engine.draw(body, "txt2img"))
+        if len(calls) == 6:
+            engine.worker.drop(jobs[3])
+
+    hook = denoiser_of(held.pipe).network.register_forward_pre_hook(come)
+    jobs.append(engine.draw(bodies[0], "txt2img"))
+    jobs[0].future.result()  # at its last step all have come
+    wait([job.future for job in jobs])
+    hook.remove()
+    ink, both = ("ink",), ("ink", "flat")
+    assert calls[:6] == [(2, ink), (4, both), (4, both), (2, ink), (6, ink), (6, ink)]
+    assert [rows for rows, _ in calls[6:]] == [2, 2, 2]  # the third ends by itself, as one that failed waits for its turn
+    assert jobs[3].future.result().drawn == [] and "no adapter 'nothing'" in str(jobs[4].future.exception())
+    for number in (0, 1, 2, 5):
+        own = engine.draw(bodies[number], "txt2img").future.result().drawn
+        drawn = jobs[number].future.result().drawn
+        assert len(drawn) == 1 and near(drawn[0].image, own[0].image) and drawn[0].recipe == own[0].recipe
+    assert not kept._users and jobs[2].total == 3
     engine.close()
 
 
@@ -291,6 +337,37 @@ def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: 
         kept.end()
         assert not kept.adapters.names and kept.adapters.waiting == ("odd",) and kept.adapters.loads == 1
     assert told[0] == told[1] and len(told[0]) == 1
+
+
+@pytest.mark.slow
+def test_adapters_of_calls_that_join_are_shared_and_leave_with_the_last(pipe: Any, shelf: Path, tmp_path: Path) -> None:
+    files = {name: Path(shutil.copy(shelf / f"{name}.safetensors", tmp_path)) for name in ("ink", "flat", "line")}
+    kept, (ink, flat, line) = Kept(pipe, 2**30), (Choice(file, plan=plan(file)) for file in files.values())
+    adapters = kept.adapters
+
+    def join(*choices: Choice) -> list[str]:
+        return kept.join(choices, strict=False, warn=lambda _: None)
+
+    def on_the_base() -> list[str]:
+        return list(adapters.names)
+
+    kept.begin([ink])
+    assert join(ink) == ["ink"] and join(flat, ink) == ["flat", "ink"]
+    kept.leave([ink])
+    assert on_the_base() == ["ink", "flat"] and adapters.loads == 2
+    assert join(line) == ["line"]
+    kept.leave([flat, ink])
+    assert on_the_base() == ["line"] and set(adapters.waiting) == {"ink", "flat"}
+    shutil.copy(files["ink"], files["line"])
+    with pytest.raises(UserError, match="was replaced while"):
+        join(flat, Choice(files["line"]))
+    assert on_the_base() == ["line"]  # also without what was to come with it
+    kept.leave([line])
+    assert on_the_base() == ["line"]  # where no other is under way it stays for the next
+    kept.end()
+    kept.begin([])
+    for name in (*adapters.names, *adapters.waiting):
+        adapters.remove(name)
 
 
 @pytest.mark.slow

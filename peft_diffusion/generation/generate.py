@@ -1,6 +1,7 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
 import json
+import logging
 import re
 import shlex
 from collections import Counter
@@ -38,6 +39,7 @@ from .calibration import calibrated, times
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
+from .joining import Queue, Ticket
 from .kept import Kept
 from .learned import tell_base
 from .memory import device_of, loaded, spared
@@ -49,6 +51,8 @@ from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
 from .telling import tell_clip_skip
+
+logger = logging.getLogger(__name__)
 
 # What a recipe leaves to the person who makes its picture again.
 _FREE = frozenset(
@@ -203,7 +207,7 @@ def draw(
                 yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What one of several asks for who share a base.
 
@@ -271,6 +275,98 @@ def draw_together(
                     missing[whose[number]] -= 1
                     if not missing[whose[number]]:
                         yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
+
+
+class Session:
+    """Draws what several ask for who share a base, each of whom may come while pictures of others are drawn.
+
+    Args:
+        kept: The adapters that stay with the base. Until `close` it carries those of the parts that are drawn.
+        choices: The adapters of the first part, or of several that come at once.
+        at_most: Pictures computed at once.
+        strict: Whether to refuse a file of which a tensor is left out.
+
+    Raises:
+        UserError: A file is gone.
+    """
+
+    def __init__(self, kept: Kept, choices: Sequence[Choice], *, at_most: int, strict: bool) -> None:
+        self._kept = kept
+        self._strict = strict
+        self._queue = Queue(kept.adapters, at_most=at_most)
+        self._parts: dict[Part, list[tuple[Ticket, Recipe]]] = {}
+        kept.begin(list({choice.key: choice for choice in choices}.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any part is not drawn yet."""
+        return bool(self._parts)
+
+    @property
+    def room(self) -> int:
+        """How many more pictures could join at the next step; none where one of those under way waits to be drawn."""
+        return self._queue.room
+
+    def join(self, part: Part) -> None:
+        """Draw a part too, from the next step on.
+
+        Args:
+            part: What is asked for, from noise.
+
+        Raises:
+            UserError: It cannot be drawn; or adapters teach words, which other prompts would be read with. Nothing of it is
+                drawn then.
+        """
+        adapters, choices = self._kept.adapters, part.asked.choices
+        names = self._kept.join(choices, strict=self._strict, warn=lambda _: None)
+        tickets: list[tuple[Ticket, Recipe]] = []
+        try:
+            for job in _pictures_of(adapters, part, names):
+                tickets.append((self._queue.put(job.cells[0], job.config, part.tell), job.recipes[0]))
+        except BaseException:
+            for ticket, _ in tickets:
+                ticket.cancel()
+            self._kept.leave(choices)
+            raise
+        self._parts[part] = tickets
+
+    def tickets(self, part: Part) -> list[Ticket]:
+        """The pictures of a part that is being drawn.
+
+        Args:
+            part: The part.
+
+        Returns:
+            They, in order.
+        """
+        return [ticket for ticket, _ in self._parts[part]]
+
+    def step(self) -> dict[Part, list[tuple[Image.Image, Recipe]] | None]:
+        """Take a step.
+
+        Returns:
+            The parts that are done now, with their pictures and recipes, without those that were given up; None for a part
+            of which a picture could not be drawn.
+        """
+        try:
+            self._queue.step()
+        except Exception:
+            logger.debug("pictures could not be drawn together", exc_info=True)  # they have failed, which is told below
+        done = {part: tickets for part, tickets in self._parts.items() if all(ticket.done for ticket, _ in tickets)}
+        for part in done:
+            del self._parts[part]
+            self._kept.leave(part.asked.choices)
+        return {part: _of_tickets(tickets) for part, tickets in done.items()}
+
+    def close(self) -> None:
+        """Draw no more, and leave the base without adapters in use."""
+        self._kept.end()
+
+
+def _of_tickets(tickets: Sequence[tuple[Ticket, Recipe]]) -> list[tuple[Image.Image, Recipe]] | None:
+    if any(ticket.failed for ticket, _ in tickets):
+        return None
+    return [(ticket.image, told) for ticket, told in tickets if not ticket.given_up]
 
 
 def _pictures_of(adapters: Adapters, part: Part, own: Sequence[str]) -> "list[_Job]":

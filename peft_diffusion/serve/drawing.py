@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 
 from .. import __version__
 from ..bases import denoiser_of
-from ..bases.base import BaseInfo
+from ..bases.base import BaseInfo, frozen
 from ..bases.pipelines import Pipeline
 from ..bases.schedulers import label, parted
 from ..core.errors import Interrupted, UserError
@@ -22,8 +22,10 @@ from ..data.wildcards import Wildcards
 from ..formats import Plan
 from ..generation.asked import Asked, Order, read_prompt
 from ..generation.distilled import for_few_steps
-from ..generation.generate import Part, draw, draw_together
+from ..generation.generate import Part, Session, draw, draw_together
+from ..generation.joining import Ticket
 from ..generation.kept import Kept
+from ..generation.memory import spare
 from ..generation.recipe import Recipe, UsedPicture
 from ..generation.sampler import size
 from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_plans
@@ -476,6 +478,88 @@ def can_share(body: Drawing) -> bool:
         Whether they may.
     """
     return isinstance(body, TextToImage) and body.n_iter in (None, 1)
+
+
+def can_join(body: Drawing) -> bool:
+    """Tell whether pictures of a request, which `can_share`, may join others at any of their steps: those of one pass.
+
+    Args:
+        body: The request.
+
+    Returns:
+        Whether they may.
+    """
+    return isinstance(body, TextToImage) and not body.enable_hr
+
+
+def run_joining(
+    asking: Sequence[Asking],
+    serving: ServeConfig,
+    held: Held,
+    files: Files,
+    kept: Kept,
+    more: Callable[[int], Sequence[Asking]],
+) -> Iterator[tuple[Job[Result], Result]]:
+    """Draw the pictures of several requests at once, and of those that come meanwhile from their next step on.
+
+    Args:
+        asking: The requests, of the kind that `can_join`, on a base whose steps are alike.
+        serving: The settings of the server.
+        held: The base, all of which is on its device.
+        files: What prompts find.
+        kept: The adapters of the base.
+        more: Gives requests that have come, for so many pictures at most.
+
+    Yields:
+        Each request, when its pictures are drawn, with what was drawn: nothing where it was interrupted. Not those of which
+        one cannot be drawn with others; after one of them no more join, so that its turn comes.
+    """
+    spare(kept.adapters, serving.drawing(held.source))
+    coming, left_out = _parts(asking, serving, held, files)
+    drawing: dict[Part, tuple[Asking, _Read]] = {}
+    choices = [choice for part in coming for choice in part.asked.choices]
+    with frozen(held.pipe), closing(Session(kept, choices, at_most=serving.max_batch, strict=serving.strict)) as session:
+        while coming or session.busy:
+            for part, own in coming.items():
+                try:
+                    session.join(part)
+                    drawing[part] = own
+                except UserError:
+                    left_out = True
+            for part, (one, _) in drawing.items():
+                _follow(one.job, session.tickets(part))
+            for part, drawn in session.step().items():
+                one, read = drawing.pop(part)
+                if drawn is None:
+                    left_out = True
+                    continue
+                one.job.round = one.job.rounds
+                found = [Drawn(*picture) for picture in drawn]
+                yield one.job, Result(found, read.config, one.clip_skip or 1, read.notes, held)
+            coming, wrong = ({}, False) if left_out else _parts(more(session.room), serving, held, files)
+            left_out |= wrong
+
+
+def _parts(
+    asking: Sequence[Asking], serving: ServeConfig, held: Held, files: Files
+) -> "tuple[dict[Part, tuple[Asking, _Read]], bool]":
+    """Read requests. Returns what they ask for, and whether one was left out, which cannot be read."""
+    found: dict[Part, tuple[Asking, _Read]] = {}
+    for one in asking:
+        one.job.rounds = 1
+        try:
+            read = _read(one.body, serving, held, one.clip_skip)
+            found[Part(read.order(range(read.config.batch_size), files), read.config, read.tell)] = one, read
+        except UserError:
+            continue
+    return found, len(found) < len(asking)
+
+
+def _follow(job: Job[Result], tickets: Sequence[Ticket]) -> None:
+    """Tell a job how far its pictures are, and give them up where it is to end."""
+    job.done, job.total = min(ticket.step for ticket in tickets), max(ticket.steps for ticket in tickets)
+    for ticket in tickets if job.is_set() else ():
+        ticket.cancel()
 
 
 def run_together(
