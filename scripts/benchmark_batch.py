@@ -2,11 +2,17 @@
 
     python scripts/benchmark_batch.py                                               # SD1.5 and SDXL on CUDA
     python scripts/benchmark_batch.py --kinds tiny --device cpu --steps 4           # sees that the script works
+    python scripts/benchmark_batch.py --kinds icons --device cpu --precision float32 --side 64 --steps 6 --load 0.4 0.8
 
 Weights are random; the LoRAs (rank 16, on attention) are files that both sides load. First the gate: each picture of a
 batch is that of its own run, up to the rounding of the precision. Then eight pictures with eight adapters, in one batch and
 in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the first: here eight at once, by
 diffusers with peft one after the other; pictures a second, and after how many seconds half of them and 95 in 100 are there.
+
+With ``--load`` the gate is followed by this alone: 32 requests come one by one, at random times (a Poisson process), so many
+times as fast as eight at once are drawn, a third of them with half the steps. How long does each wait for its picture, where
+all that wait are drawn in a batch, and where each joins those under way at their next step (`Adapters.queue`)? Both at the
+same times, in the order batches, joining, joining, batches.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion import Request
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.joining import Ticket
 from peft_diffusion.generation.settings import Sampling
 from scripts.benchmark_generate import DTYPES, lora_files, parser_of, pipeline, read
 from scripts.measuring import markdown_table, run
@@ -38,7 +46,12 @@ AT_ONCE, ADAPTERS, REQUESTS = 8, 16, 32
 
 def main() -> None:
     """The gate and the figures of each architecture."""
-    options = read(parser_of(__doc__, repeats=3))
+    parser = parser_of(__doc__, repeats=3)
+    parser.add_argument("--side", type=int, help="of pictures, in pixels; by default that of the base")
+    parser.add_argument(
+        "--load", nargs="+", type=float, default=[], help="requests that come, of what eight at once could do"
+    )
+    options = read(parser)
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             compare(kind, options, Path(folder))
@@ -49,13 +62,13 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     """One architecture: both sides on the same weights and files."""
     pipe = pipeline(kind, folder, options.device, DTYPES[options.precision])
     files = lora_files(pipe, ADAPTERS, folder)
-    side = 8 * pipe.unet.config.sample_size
+    side = options.side or 8 * pipe.unet.config.sample_size
     how = Sampling(steps=options.steps, guidance=5.0, width=side, height=side)
     wanted = [
         Request(f"a red apple, number {number}", {f"a{number % ADAPTERS}": 0.8}, number, "blurred", how)
         for number in range(REQUESTS)
     ]
-    turns = theirs(pipe, files, wanted, options)
+    turns = [] if options.load else theirs(pipe, files, wanted, options)
     adapters = Adapters(pipe)
     for number, file in enumerate(files):
         adapters.load(file, f"a{number}")
@@ -66,6 +79,11 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     print(f"{kind}: a picture of a batch and that of its own run differ by {apart:.2g} of 255", flush=True)
     if not apart <= NEAR[options.precision]:
         raise UserError("the gate was not passed: pictures of a batch are others, so the times compare nothing")
+    if options.load:
+        rate = AT_ONCE / timed(lambda: adapters.batch(some, at_most=AT_ONCE), options)
+        for load in options.load:
+            arriving(adapters, wanted, load, load * rate, options.steps)
+        return
     before = adapters.recordings
     print(markdown_table([kind, "ours", "diffusers + peft"], []), end="")
 
@@ -82,6 +100,47 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     row("half have theirs after, s", share(done, AT_ONCE, 0.5), share(turns, 1, 0.5))
     row("95 in 100 have theirs after, s", share(done, AT_ONCE, 0.95), share(turns, 1, 0.95))
     row("recordings meanwhile", float(adapters.recordings - before), None)
+
+
+def arriving(adapters: Adapters, wanted: Sequence[Request], load: float, rate: float, steps: int) -> None:
+    """Requests that come one by one: how long they wait where they are drawn in batches, and where they join."""
+    short = replace(wanted[0].sampling, steps=max(1, steps // 2))
+    mixed = [replace(one, sampling=short) if number % 3 == 2 else one for number, one in enumerate(wanted)]
+    comes = np.cumsum(np.random.default_rng(0).exponential(1 / rate, len(mixed))).tolist()
+    waits: dict[str, list[float]] = {"in batches": [], "joining": []}
+    for how in ("in batches", "joining", "joining", "in batches"):
+        waits[how] += (batched if how == "in batches" else joined)(adapters, mixed, comes)
+    print(f"\nat {load:g} of what eight at once could do, {rate:.3g} requests a second:\n")
+    rows = [[how, *(f"{np.percentile(found, part):.3g}" for part in (50, 95))] for how, found in waits.items()]
+    print(markdown_table(["", "half have theirs within, s", "95 in 100, s"], rows), flush=True)
+
+
+def batched(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float]) -> list[float]:
+    """How long each waits where all that have come are drawn at once, and the next ones after these."""
+    began, first, waits = time.perf_counter(), 0, list[float]()
+    while first < len(wanted):
+        time.sleep(max(0.0, comes[first] - (time.perf_counter() - began)))
+        now = time.perf_counter() - began
+        last = min(first + AT_ONCE, max(first + 1, sum(one <= now for one in comes)))
+        adapters.batch(wanted[first:last], at_most=AT_ONCE)
+        waits += [time.perf_counter() - began - one for one in comes[first:last]]
+        first = last
+    return waits
+
+
+def joined(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float]) -> list[float]:
+    """How long each waits where it joins those under way."""
+    began, first = time.perf_counter(), 0
+    of, waits = dict[Ticket, float](), list[float]()
+    with adapters.queue(at_most=AT_ONCE) as queue:
+        while first < len(wanted) or queue.busy:
+            if not queue.busy:
+                time.sleep(max(0.0, comes[first] - (time.perf_counter() - began)))
+            while first < len(wanted) and queue.room and comes[first] <= time.perf_counter() - began:
+                of[queue.submit(wanted[first])] = comes[first]
+                first += 1
+            waits += [time.perf_counter() - began - of[ticket] for ticket in queue.step()]
+    return waits
 
 
 def theirs(pipe: Any, files: Sequence[Path], wanted: Sequence[Request], options: argparse.Namespace) -> list[float]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion import load_base
 from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation.adapters import Adapters
@@ -63,7 +64,7 @@ def parser_of(description: str | None, repeats: int) -> argparse.ArgumentParser:
         repeats: How often it measures by default.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny"])
+    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny", "icons"])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--device", default="cuda")
@@ -80,7 +81,11 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def pipeline(kind: str, folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """A pipeline of random weights."""
+    """A pipeline of random weights, or the embedded base."""
+    if kind == "icons":
+        base = load_base(device=device, dtype=str(dtype).removeprefix("torch."))
+        base.set_progress_bar_config(disable=True)
+        return base
     made = Architecture("sdxl" if kind == "sdxl" else "sd1")
     made.write(folder)
     configs = made.configs()

@@ -29,9 +29,11 @@ from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
 from peft_diffusion.fast import drawing as fast_drawing
+from peft_diffusion.formats import plan
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.generation.kept import Kept
 from peft_diffusion.generation.settings import Choice
+from peft_diffusion.library import Library
 from peft_diffusion.serve import drawing, inpainting, names, pictures
 from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
@@ -42,6 +44,11 @@ from peft_diffusion.serve.worker import Job
 TOKEN = "a token of the tests"
 INFO = BaseInfo("b", "sd1", "epsilon", 64, 8, "0" * 16)
 SIDE = {"width": 64, "height": 64}
+
+
+def own(**told: Any) -> dict[str, Any]:
+    """What a request says to us alone."""
+    return {"alwayson_scripts": {"peft_diffusion": {"args": [told]}}}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +198,52 @@ def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, she
         assert one.future.result().notes == other.future.result().notes  # nobody is told of the prompt of another
     rows.clear()
     asked([bodies[0], bodies[4], TextToImage(prompt="a cat", seed=1, **{**told, "steps": 3})])
-    assert sorted(rows) == [2] * 7  # brackets of a trigger, which others read as weights, and other steps
+    assert rows == [6, 6, 2]  # also brackets of a trigger, which others read as weights, and other steps
+    engine.close()
+
+
+@pytest.mark.slow
+def test_a_request_joins_those_under_way_at_their_next_step(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
+    """Each with its own adapters, which are off the base again when it is done; and in its turn what cannot join."""
+    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu"), lambda _: None)
+    engine.load().future.result()
+    held = engine._held
+    assert held is not None and held.kept is not None
+    kept = held.kept
+    told: dict[str, Any] = {"cfg_scale": 7.0, "sampler_name": "DPM++ 2M", **SIDE}
+    bodies = [
+        TextToImage(prompt="a dog <lora:ink:0.8>", seed=1, steps=6, **told),
+        TextToImage(prompt="a cat <lora:flat:1> <lora:ink:0.3>", seed=2, steps=2, **{**told, "sampler_name": "Euler a"}),
+        TextToImage(prompt="a cat", seed=3, steps=3, **told),
+        TextToImage(prompt="a dog", seed=4, steps=30, **told),
+        TextToImage(prompt="a cat <lora:nothing:1>", seed=5, steps=1, **told),
+        TextToImage(prompt="a cat", seed=6, steps=2, **told),
+    ]
+    jobs: list[Job[Any]] = []
+    calls: list[tuple[int, tuple[str, ...]]] = []
+
+    def come(_: Any, given: Any) -> None:
+        """One at the first step, two at the fourth, one that fails at the fifth, one more where one is given up."""
+        calls.append((len(given[0]), kept.adapters.names))
+        for body in {1: bodies[1:2], 4: bodies[2:4], 5: bodies[4:5], 6: bodies[5:]}.get(len(calls), ()):
+            jobs.append(engine.draw(body, "txt2img"))
+        if len(calls) == 6:
+            engine.worker.drop(jobs[3])
+
+    hook = denoiser_of(held.pipe).network.register_forward_pre_hook(come)
+    jobs.append(engine.draw(bodies[0], "txt2img"))
+    jobs[0].future.result()  # at its last step all have come
+    wait([job.future for job in jobs])
+    hook.remove()
+    ink, both = ("ink",), ("ink", "flat")
+    assert calls[:6] == [(2, ink), (4, both), (4, both), (2, ink), (6, ink), (6, ink)]
+    assert [rows for rows, _ in calls[6:]] == [2, 2, 2]  # the third ends by itself, as one that failed waits for its turn
+    assert jobs[3].future.result().drawn == [] and "no adapter 'nothing'" in str(jobs[4].future.exception())
+    for number in (0, 1, 2, 5):
+        own = engine.draw(bodies[number], "txt2img").future.result().drawn
+        drawn = jobs[number].future.result().drawn
+        assert len(drawn) == 1 and near(drawn[0].image, own[0].image) and drawn[0].recipe == own[0].recipe
+    assert not kept._users and jobs[2].total == 3
     engine.close()
 
 
@@ -291,6 +343,84 @@ def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: 
         kept.end()
         assert not kept.adapters.names and kept.adapters.waiting == ("odd",) and kept.adapters.loads == 1
     assert told[0] == told[1] and len(told[0]) == 1
+
+
+@pytest.mark.slow
+def test_a_request_has_the_adapters_of_a_library_and_the_regions_of_generate(
+    pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    place, mine = tmp_path / "library.sqlite3", tmp_path / "mine"
+    mine.mkdir()
+    for seed, word in enumerate(("ship", "moon"), 30):
+        make_adapter(mine / f"{word}.safetensors", tiny_base, seed, (word,), size=0.5)
+    with Library(place) as library:
+        library.add([mine])
+    white = Image.new("L", (64, 64))
+    white.paste(255, (32, 0, 64, 64))
+    white.save(tmp_path / "mask.png")
+    left: dict[str, Any] = {"box": (0, 0, 0.5, 1), "prompt": "a cat <lora:ink:0.8>"}
+    mask: dict[str, Any] = {"prompt": "a moon"}
+    given = [left, mask | {"mask": webuiapi.raw_b64_img(white)}]
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"auto": 1, "region": given}, {"auto": 1, "region": (left, mask | {"mask": tmp_path / "mask.png"}), **SIDE}),
+        ({"auto": 2, "regions": "auto"}, {"auto": 2, "regions": "auto", **SIDE}),
+    ]
+    serving = ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu", max_auto=2, library=place)
+    serving.check()
+    engine = Engine(serving, lambda _: None)
+    for (told, options), prompt in zip(ways, ("a ship", "a ship moon"), strict=True):
+        body = TextToImage.model_validate({"prompt": prompt, "seed": 1, "steps": 2, **SIDE, **own(**told)})
+        result = engine.draw(body, "txt2img").future.result()
+        config = GenerateConfig(prompt, seed=1, steps=2, base=str(tiny_base), adapters_dir=shelf, device="cpu",
+                                library=place, output=tmp_path / "drawn", **options)  # fmt: skip
+        (alone,) = generate(config, pipe=pipe)
+        ((image, recipe),) = result.drawn
+        assert same(image, alone.image) and recipe.adapters == alone.recipe.adapters
+        assert recipe.divided == alone.recipe.divided and len(recipe.divided) == 2
+        info = json.loads(drawing.info_of(body, result, ""))
+        (chosen,) = info["auto"]
+        names_of = [one["name"] for one in chosen["adapters"]]
+        assert sorted(names_of) == ["moon", "ship"][-told["auto"] :] and chosen["drawn"] == recipe.prompt
+        assert all(f"<lora:{name}:" in info["infotexts"][0] for name in names_of)
+        assert any(one.startswith(f'for "{prompt}" ') for one in info["comments"])
+        repeated = body.repeated()["alwayson_scripts"]["peft_diffusion"]["args"][0]
+        assert repeated["auto"] == told["auto"] and not any(one["mask"] for one in repeated["region"])
+    with pytest.raises(UserError, match="auto is at most 2 here, not 3"):
+        engine.draw(TextToImage.model_validate({"prompt": "a", **own(auto=3)}), "txt2img").future.result()
+    engine.close()
+    engine.worker.join()
+    engine.files.close()
+
+
+@pytest.mark.slow
+def test_adapters_of_calls_that_join_are_shared_and_leave_with_the_last(pipe: Any, shelf: Path, tmp_path: Path) -> None:
+    files = {name: Path(shutil.copy(shelf / f"{name}.safetensors", tmp_path)) for name in ("ink", "flat", "line")}
+    kept, (ink, flat, line) = Kept(pipe, 2**30), (Choice(file, plan=plan(file)) for file in files.values())
+    adapters = kept.adapters
+
+    def join(*choices: Choice) -> list[str]:
+        return kept.join(choices, strict=False, warn=lambda _: None)
+
+    def on_the_base() -> list[str]:
+        return list(adapters.names)
+
+    kept.begin([ink])
+    assert join(ink) == ["ink"] and join(flat, ink) == ["flat", "ink"]
+    kept.leave([ink])
+    assert on_the_base() == ["ink", "flat"] and adapters.loads == 2
+    assert join(line) == ["line"]
+    kept.leave([flat, ink])
+    assert on_the_base() == ["line"] and set(adapters.waiting) == {"ink", "flat"}
+    shutil.copy(files["ink"], files["line"])
+    with pytest.raises(UserError, match="was replaced while"):
+        join(flat, Choice(files["line"]))
+    assert on_the_base() == ["line"]  # also without what was to come with it
+    kept.leave([line])
+    assert on_the_base() == ["line"]  # where no other is under way it stays for the next
+    kept.end()
+    kept.begin([])
+    for name in (*adapters.names, *adapters.waiting):
+        adapters.remove(name)
 
 
 @pytest.mark.slow
@@ -435,10 +565,7 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert client.get_memory()["ram"]["total"] > client.get_memory()["ram"]["used"] > 0
     assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
     assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
-    assert client.get_scripts() == {
-        "txt2img": [],
-        "img2img": [],
-    }
+    assert client.get_scripts() == {"txt2img": ["peft_diffusion"], "img2img": ["peft_diffusion"]}
     assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
     for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
         assert empty() == []
@@ -576,6 +703,16 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"script_name": "X/Y/Z plot"}, "script_name "),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, "the script 'ControlNet' of alwayson_scripts"),
         ({"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "x"}]}}}, "the script 'ADetailer'"),
+        (own(auto=2), "start serve with --max-auto"),
+        (own(region=[{"box": [0.5, 0, 0.2, 1]}]), "region[0]: box=0.5,0,0.2,1 is none"),
+        (own(region=[{"box": [0, 0, 1, 1]}, {}]), "region[1]: a region has nothing that says where it is"),
+        (own(region=[{"mask": "/etc/passwd"}]), "region[0].mask is no picture in base64"),
+        (own(region=[{"painted": webuiapi.raw_b64_img(Image.new("RGB", (8, 8))), "color": "#ff0000"}]),
+         "region[0].painted has nothing of the colour #ff0000"),
+        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a <lora:../outside:1>"}]), "there is no adapter '../outside'"),
+        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a" * 10_001}]), "the prompt of region 1 is at most"),
+        (own(region=[{"box": [0, 0, 1, 1]}], regions="auto"), "--regions auto finds the regions by itself"),
+        (own(regions="auto"), "regions are found by the triggers of two adapters"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the option eta_noise_seed_delta"),
         ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
         ({"override_settings": {"samples_format": "exe"}}, "samples_format"),
@@ -598,6 +735,7 @@ def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any
         ({"denoising_strength": 0}, "denoising_strength must be above 0"),
         ({"resize_mode": 3}, "resize_mode 3"),
         ({"mask": "", "inpainting_fill": 2}, "inpainting_fill 2"),
+        ({"mask": "x", **own(region=[{"box": [0, 0, 1, 1]}])}, "inpaint_full_res draws the part around the mask alone"),
     ],
 )
 def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str, Any], told: str) -> None:
@@ -624,6 +762,14 @@ def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
     answer = ask(address, "txt2img", {"steps": "many"})
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "steps"]
     assert ask(address, "no-such-endpoint").status_code == 404
+    args = ["body", "alwayson_scripts", "peft_diffusion", "args", 0]
+    for told, where in (
+        (own(region=[{"box": [0, 1]}]), ["region", 0, "box"]), (own(region=[{"adapter": "a"}]), ["region", 0, "adapter"]),
+        (own(auto=0), ["auto"]), (own(region=[{}] * 17), ["region"]), (own(region_isolation=2), ["region_isolation"]),
+        (own(library="a"), ["library"]),
+    ):  # fmt: skip
+        answer = ask(address, "txt2img", told)
+        assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == [*args, *where]
 
 
 # Without a server.

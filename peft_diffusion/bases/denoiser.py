@@ -123,6 +123,12 @@ class Denoiser(Protocol):
         """What the network predicts, as the scheduler's configuration says it."""
         return str(self.pipe.scheduler.config.get("prediction_type", "epsilon"))
 
+    @property
+    def steps_alike(self) -> bool:
+        """Whether the pipeline draws from noise by nothing but the network, classifier-free guidance and the scheduler, with
+        one network input for all steps beside latents and timestep: then pictures at different steps may share a call."""
+        return False
+
     def check_learns(self) -> None:
         """See that adapters can be trained on the network.
 

@@ -5,7 +5,7 @@ bar around their steps, so `watching` learns from there which one is at work, al
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -191,7 +191,23 @@ def progress(pipeline: Pipeline, now: float) -> float:
     Raises:
         UserError: It is not among them.
     """
-    steps = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    return place(pipeline.scheduler.timesteps.tolist(), now)
+
+
+def place(timesteps: Sequence[float], now: float) -> float:
+    """Tell how far a timestep is from the first to the last.
+
+    Args:
+        timesteps: Those of a picture; some samplers take one twice.
+        now: The timestep.
+
+    Returns:
+        From 0 at the first to 1 at the last.
+
+    Raises:
+        UserError: It is not among them.
+    """
+    steps = list(dict.fromkeys(timesteps))
     nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
     if abs(steps[nearest] - now) > _NEAR:
         raise UserError(

@@ -123,6 +123,13 @@ class UNetDenoiser(Denoiser):
         """What the VAE and the UNet downsample by together."""
         return int(self.factor * 2 ** (len(self.config.block_out_channels) - 1))
 
+    @property
+    def steps_alike(self) -> bool:
+        """Whether it is the plain pipeline from text to image: others call the UNet, or guide, in ways of their own."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        return type(self.pipe) in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+
     def check_learns(self) -> None:
         """See that it is not the refiner of Stable Diffusion XL, which has one text encoder of the two.
 

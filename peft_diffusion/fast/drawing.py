@@ -153,6 +153,7 @@ class Engine:
         refused: Why the last call was computed plainly; None where it was not.
         steps: Whether it runs once a step, so that schedules of strengths are followed.
         lock: Held while it computes.
+        drawn: What is drawn where no pipeline does: as long as it is the same object, only adapters have changed.
         searches: Whether the fastest convolutions are looked for with a clock, which takes seconds and pays over many calls.
     """
 
@@ -165,6 +166,7 @@ class Engine:
         self._broken: dict[Hashable, str] = {}  # why calls cannot be recorded
         self._compiled: set[Hashable] = set()  # calls whose kernels are there
         self.lock = threading.RLock()
+        self.drawn: object | None = None
         self._signature = inspect.signature(type(network).forward)
         self._layout = ExitStack()
         self._reads: _Reads | None = None
@@ -173,7 +175,7 @@ class Engine:
         self._weighed: Hashable = None
         self._told: tuple[Tensor, Hashable] | None = None
         self._table: _Table | None = None
-        self._times: Tensor | None = None  # of the picture that is drawn
+        self._times: object | None = None  # of the picture that is drawn
         self._layouts: dict[Hashable, _Held] = {}
         self._layout_now: Layout | None = None
         self._key: Hashable = None
@@ -252,7 +254,7 @@ class Engine:
         if state is not None and state.strengths.learning:
             return "strengths are being learned"
         pipe, reads = pipelines.drawing_with(self.network), self._reads
-        times = None if pipe is None else pipe.scheduler.timesteps
+        times: object | None = self.drawn if pipe is None else pipe.scheduler.timesteps
         # Within the steps of a picture only adapters change: looking everywhere would take the host a while.
         within = reads is not None and times is not None and times is self._times and reads.same_adapters()
         if not within and (reads is None or not reads.same()):

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ..core.strength_schedule import ByPart
     from .batching import Request
     from .calibration import Calibration
+    from .joining import Queue
     from .overlap import BlendReport
     from .settings import Sampling
 
@@ -664,6 +665,28 @@ class Adapters:
             raise UserError(f"at_most must be 1 or more, not {at_most}")
         with self._kept_strengths():
             return drawn(self, requests, at_most, tell, stop)
+
+    @contextmanager
+    def queue(self, *, at_most: int = 8) -> "Iterator[Queue]":
+        """Draw pictures as requests for them come: each joins those under way at their next step.
+
+        ``with adapters.queue() as queue:`` call ``ticket = queue.submit(request)`` at any time, and ``queue.step()`` as long
+        as ``queue.busy``; ``ticket.image`` is there once ``ticket.done``.
+
+        Args:
+            at_most: Pictures computed at once, 1 or more.
+
+        Yields:
+            The queue. The strengths are afterwards what they were.
+
+        Raises:
+            UserError: Adapters are merged, or the base is a language model.
+        """
+        self._denoising()
+        from .joining import Queue  # which imports diffusers
+
+        with self._kept_strengths():
+            yield Queue(self, at_most=at_most)
 
     def calibrate(
         self,

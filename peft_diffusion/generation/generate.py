@@ -1,6 +1,7 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
 import json
+import logging
 import re
 import shlex
 from collections import Counter
@@ -34,21 +35,23 @@ from .adapters import Adapters
 from .asked import Asked, Order, order
 from .automatic_regions import located
 from .batching import grouped
-from .calibration import calibrated, times
+from .calibration import calibrated
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
+from .joining import Queue, Ticket
 from .kept import Kept
 from .learned import tell_base
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
-from .regions import Area, Division, DrawnRegion, parse_area
 from .retrieval import retrieval
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
 from .telling import tell_clip_skip
+
+logger = logging.getLogger(__name__)
 
 # What a recipe leaves to the person who makes its picture again.
 _FREE = frozenset(
@@ -122,7 +125,7 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        with retrieval(config, pipe, choices, tell) as library:
+        with retrieval(config, pipe, choices, tell, used=config.auto is not None) as library:
             asked = order(config, choices, literal=again is not None, retrieval=library)
             if expected is not None:
                 asked = replace(asked, divided=expected.divided)
@@ -203,7 +206,7 @@ def draw(
                 yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What one of several asks for who share a base.
 
@@ -273,6 +276,98 @@ def draw_together(
                         yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
 
 
+class Session:
+    """Draws what several ask for who share a base, each of whom may come while pictures of others are drawn.
+
+    Args:
+        kept: The adapters that stay with the base. Until `close` it carries those of the parts that are drawn.
+        choices: The adapters of the first part, or of several that come at once.
+        at_most: Pictures computed at once.
+        strict: Whether to refuse a file of which a tensor is left out.
+
+    Raises:
+        UserError: A file is gone.
+    """
+
+    def __init__(self, kept: Kept, choices: Sequence[Choice], *, at_most: int, strict: bool) -> None:
+        self._kept = kept
+        self._strict = strict
+        self._queue = Queue(kept.adapters, at_most=at_most)
+        self._parts: dict[Part, list[tuple[Ticket, Recipe]]] = {}
+        kept.begin(list({choice.key: choice for choice in choices}.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any part is not drawn yet."""
+        return bool(self._parts)
+
+    @property
+    def room(self) -> int:
+        """How many more pictures could join at the next step; none where one of those under way waits to be drawn."""
+        return self._queue.room
+
+    def join(self, part: Part) -> None:
+        """Draw a part too, from the next step on.
+
+        Args:
+            part: What is asked for, from noise.
+
+        Raises:
+            UserError: It cannot be drawn; or adapters teach words, which other prompts would be read with. Nothing of it is
+                drawn then.
+        """
+        adapters, choices = self._kept.adapters, part.asked.choices
+        names = self._kept.join(choices, strict=self._strict, warn=lambda _: None)
+        tickets: list[tuple[Ticket, Recipe]] = []
+        try:
+            for job in _pictures_of(adapters, part, names):
+                tickets.append((self._queue.put(job.cells[0], job.config, part.tell), job.recipes[0]))
+        except BaseException:
+            for ticket, _ in tickets:
+                ticket.cancel()
+            self._kept.leave(choices)
+            raise
+        self._parts[part] = tickets
+
+    def tickets(self, part: Part) -> list[Ticket]:
+        """The pictures of a part that is being drawn.
+
+        Args:
+            part: The part.
+
+        Returns:
+            They, in order.
+        """
+        return [ticket for ticket, _ in self._parts[part]]
+
+    def step(self) -> dict[Part, list[tuple[Image.Image, Recipe]] | None]:
+        """Take a step.
+
+        Returns:
+            The parts that are done now, with their pictures and recipes, without those that were given up; None for a part
+            of which a picture could not be drawn.
+        """
+        try:
+            self._queue.step()
+        except Exception:
+            logger.debug("pictures could not be drawn together", exc_info=True)  # they have failed, which is told below
+        done = {part: tickets for part, tickets in self._parts.items() if all(ticket.done for ticket, _ in tickets)}
+        for part in done:
+            del self._parts[part]
+            self._kept.leave(part.asked.choices)
+        return {part: _of_tickets(tickets) for part, tickets in done.items()}
+
+    def close(self) -> None:
+        """Draw no more, and leave the base without adapters in use."""
+        self._kept.end()
+
+
+def _of_tickets(tickets: Sequence[tuple[Ticket, Recipe]]) -> list[tuple[Image.Image, Recipe]] | None:
+    if any(ticket.failed for ticket, _ in tickets):
+        return None
+    return [(ticket.image, told) for ticket, told in tickets if not ticket.given_up]
+
+
 def _pictures_of(adapters: Adapters, part: Part, own: Sequence[str]) -> "list[_Job]":
     """The pictures of one who asks, a job each; tells what that one should know of adapters."""
     _refuse_words(adapters, own)
@@ -328,33 +423,12 @@ def _job(
     stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> _Job:
     config = group[0].config
-    areas = [Area.of(region) for region in config.region]
-    cells = []
-    for one in group:
-        strengths = asked.strengths(one, names, adapters.pipe)
-        scaled = {name: times(amount, factors.get(name, 1.0)) for name, amount in strengths.items()}
-        parts = [
-            DrawnRegion(area, prompt, {name: times(amount, factors.get(name, 1.0)) for name, amount in own.items()})
-            for area, (prompt, own) in zip(areas, asked.parts(one, names, adapters.pipe), strict=True)
-        ]
-        parts = parts or _parts_again(asked, names)
-        division = Division(tuple(parts), config.region_feather, config.region_isolation) if parts else None
-        cells.append(Cell(one.prompt, one.seed, scaled, one.negative, division))
+    cells = [asked.cell(one, names, adapters.pipe, factors) for one in group]
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
     if config.regions == "auto" and not asked.divided:
         cells = located(adapters, cells, config, source, tell, stop)
-    told = cell_recipes(adapters, cells, config, source)
-    written = [one.written if one.written != one.prompt else None for one in group]
-    return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
-
-
-def _parts_again(asked: Order, names: Sequence[str]) -> list[DrawnRegion]:
-    """The regions of a recipe. Raises UserError for one that cannot be read."""
-    found = []
-    for one in asked.divided:
-        amounts = {names[number]: amount for number, amount in one.amounts().items() if number < len(names)}
-        found.append(DrawnRegion(parse_area(one.area), one.prompt, amounts))
-    return found
+    told = cell_recipes(adapters, cells, config, source, written=[one.written for one in group])
+    return _Job(cells, config, source, told)
 
 
 def _check_base(config: GenerateConfig, again: Path, expected: Recipe, recipe: Recipe) -> None:
@@ -392,7 +466,12 @@ def _written(
 
 
 def cell_recipes(
-    adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, source: Source | None = None
+    adapters: Adapters,
+    cells: Sequence[Cell],
+    sampling: Sampling,
+    source: Source | None = None,
+    *,
+    written: Sequence[str] | None = None,
 ) -> list[Recipe]:
     """Tell in full what each picture is made from, also adapters of strength 0, whose words the prompts are read with.
 
@@ -401,6 +480,7 @@ def cell_recipes(
         cells: The pictures.
         sampling: How they are drawn.
         source: What they start from.
+        written: Their prompts as they were written; None where they are drawn so.
 
     Returns:
         One recipe a picture.
@@ -442,12 +522,14 @@ def cell_recipes(
     of_regions = {"divided": (), "region_feather": None, "region_isolation": None}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_regions, of_a_picture)
-    return [replace(common, **_own(adapters, cell, sampling)) for cell in cells]
+    texts = [cell.prompt for cell in cells] if written is None else written
+    return [replace(common, **_own(adapters, cell, text, sampling)) for cell, text in zip(cells, texts, strict=True)]
 
 
-def _own(adapters: Adapters, cell: Cell, sampling: Sampling) -> dict[str, Any]:
+def _own(adapters: Adapters, cell: Cell, written: str, sampling: Sampling) -> dict[str, Any]:
     """What a recipe has that other pictures of a call do not share."""
     found: dict[str, Any] = {"prompt": cell.prompt, "negative": cell.against(sampling), "seed": cell.seed}
+    found["written"] = written if written != cell.prompt else None
     strengths, division = cell.strengths or {}, cell.division
     found |= {"adapters": _used(adapters, strengths), "plugins": _plugins(adapters, strengths)}
     if division is not None:

@@ -1,10 +1,12 @@
 """Adapters that stay with a base from one call to the next, so that the next one reads no file that this one has read."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..bases.pipelines import Pipeline
+from ..core.errors import UserError
 from ..formats import Plan
 from .adapters import Adapters
 from .settings import Choice, Key
@@ -46,6 +48,7 @@ class Kept:
         self.stay = stay
         self._files: dict[Key, _File] = {}  # what was used last stands last
         self._in_use: set[Key] = set()
+        self._users: Counter[Key] = Counter()  # of calls that joined one under way
 
     def begin(self, choices: Sequence[Choice]) -> None:
         """Take off the base what a call has no use for, and forget those of its files that were replaced.
@@ -93,21 +96,86 @@ class Kept:
         self._files.setdefault(choice.key, found)
         return found.name
 
-    def end(self) -> None:
-        """Set what the call has used to 0, and keep of it what may be kept."""
-        adapters = self.adapters
-        self._in_use.clear()
-        adapters.set(dict.fromkeys(adapters.names, 0.0))
-        teachers = adapters.teachers
-        self._files = {key: file for key, file in self._files.items() if file.name not in teachers}
+    def join(self, choices: Sequence[Choice], *, strict: bool, warn: Callable[[str], None]) -> list[str]:
+        """Put the adapters of a call on the base beside those of others under way, which may have the same.
+
+        Args:
+            choices: The adapters of the call.
+            strict: As for `load`.
+            warn: As for `load`.
+
+        Returns:
+            Their names on the base. Their strengths are for the call to set.
+
+        Raises:
+            UserError: As `load` does; or a file was replaced of which others still use what it was. Nothing is used then.
+        """
+        names: list[str] = []
+        for number, choice in enumerate(choices):
+            try:
+                names.append(self._joined(choice, strict, warn))
+            except BaseException:
+                self.leave(choices[:number])
+                raise
+            self._users[choice.key] += 1
+        return names
+
+    def _joined(self, choice: Choice, strict: bool, warn: Callable[[str], None]) -> str:
+        """The name of an adapter that others may have already. Raises UserError as `join` does."""
+        held = self._files.get(choice.key)
+        current = held is not None and held.plan.is_current()
+        if held is not None and choice.key in self._in_use:
+            if not current:
+                raise UserError(f"{choice.path} was replaced while pictures are drawn with what it was")
+            for warning in self.adapters[held.name].warnings:
+                warn(warning)
+            return held.name
+        if held is not None and not current:
+            self.adapters.remove(self._files.pop(choice.key).name)
+        return self.load(choice, strict=strict, warn=warn)
+
+    def leave(self, choices: Sequence[Choice]) -> None:
+        """Take off the base what a call that joined has used, and no other that is under way; where none is, it stays.
+
+        Args:
+            choices: Its adapters.
+        """
+        self._users.subtract(choice.key for choice in choices)
+        gone = [key for key, count in self._users.items() if count <= 0]
+        names = [self._files[key].name for key in gone if key in self._files]
+        for key in gone:
+            del self._users[key]
+        self._in_use.difference_update(gone)
+        self.adapters.set(dict.fromkeys(names, 0.0))
+        if not self._users:
+            return
+        teachers = self.adapters.teachers
+        self.adapters.rest(*(name for name in names if name not in teachers))
+        for key in [key for key in gone if key in self._files and self._files[key].name in teachers]:
+            self.adapters.remove(self._files.pop(key).name)
+        self._keep_to_budget()
+
+    def _keep_to_budget(self) -> None:
+        """Forget files that are not in use, and what waits of them, from the one used longest ago."""
+        adapters, idle = self.adapters, [key for key in self._files if key not in self._in_use]
         room = self.budget - sum(file.plan.size for file in self._files.values())
-        for key in list(self._files):
+        for key in idle:
             if room >= 0:
                 break
             file = self._files.pop(key)
             room += file.plan.size
             if file.name in adapters.waiting:
                 adapters.remove(file.name)
+
+    def end(self) -> None:
+        """Set what the call has used to 0, and keep of it what may be kept."""
+        adapters = self.adapters
+        self._in_use.clear()
+        self._users.clear()
+        adapters.set(dict.fromkeys(adapters.names, 0.0))
+        teachers = adapters.teachers
+        self._files = {key: file for key, file in self._files.items() if file.name not in teachers}
+        self._keep_to_budget()
         kept = {file.name for file in self._files.values()}
         for name in adapters.names:
             if name not in kept:

@@ -1,5 +1,6 @@
 """Pictures from prompts, seeds and strengths, in batches; what ``generate``, ``blend`` and ``demo`` share."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,10 +13,11 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
-from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors, guides, interrupt
+from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors, guides, interrupt, uncompiled
 from ..bases.prompts import Encoding
 from ..bases.regional_attention import Maps, watching
 from ..bases.schedulers import BY_STEPS, NOT_UNIFORM, SCHEDULERS, SPACINGS, parted
@@ -259,6 +261,136 @@ def probed(
             _called(start, batch, telling, _Ending(Observers(), 0, 1, until), controls, "latent")
 
 
+@dataclass
+class FirstCall:
+    """What a pipeline has made of a picture when it calls its network for the first time.
+
+    Attributes:
+        cell: The picture, its prompts in words.
+        sampling: How it is drawn.
+        scheduler: Its own one, which stands before the first step.
+        latents: Noise as the scheduler begins with it, (1, channels, height, width).
+        named: What the network is called with at every step beside latents and timestep: where the pipeline guides, tensors
+            have a row without the prompt before that with it.
+        guided: Whether it guides.
+        arguments: What the pipeline was called with, prompts as embeddings.
+        generators: Its chance, from which some schedulers draw at every step.
+    """
+
+    cell: Cell
+    sampling: Sampling
+    scheduler: Any
+    latents: torch.Tensor
+    named: Mapping[str, Any]
+    guided: bool
+    arguments: Mapping[str, Any]
+    generators: list[torch.Generator]
+
+
+def called_by(pipe: Pipeline) -> nn.Module:
+    """Give the network as a pipeline calls it: in the wrapper of ``torch.compile`` where it has one.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: It has none.
+    """
+    network = denoiser_of(pipe).network
+    parts = (part for part in vars(pipe).values() if isinstance(part, nn.Module))
+    return next(part for part in parts if uncompiled(part) is network)
+
+
+class _Called(Exception):
+    """A pipeline has called its network."""
+
+
+def first_call(adapters: "Adapters", cell: Cell, sampling: Sampling, tell: Observer) -> FirstCall:
+    """Have the pipeline prepare a picture from noise as `paint` does, up to where it would call the network.
+
+    Args:
+        adapters: The adapters of the pipeline that draws. They have the strengths of the picture afterwards.
+        cell: The picture.
+        sampling: How it is drawn, without second pass, pictures that steer, and compositions.
+        tell: Is told what the person should know.
+
+    Returns:
+        What was prepared.
+
+    Raises:
+        UserError: As `paint`.
+    """
+    pipe, sides = adapters.pipe, size(adapters.base, sampling)
+    (cell,) = _in_words([cell], sampling, tell)
+    scheduler = copy.deepcopy(scheduler_of(adapters, [cell], sampling))  # each picture is at another step
+    adapters.keep_steps_on_host(scheduler)
+    _tell_of_scheduler(pipe, scheduler, sampling, tell)
+    telling = Telling(pipe, sampling, triggers(adapters, [cell]))
+    _check_prompts(adapters, [[cell]], telling)
+    set_strengths(adapters, [cell])
+    start = _noise(pipe, [cell], sides, sampling)
+    guided = sampling.guidance_stop > 0 and sampling.guided_by > 1
+    told = telling.arguments(*_texts([cell], sampling), guided=guided, embedded=True)
+    found: dict[str, Any] = {}
+
+    def caught(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.update(named)
+        raise _Called
+
+    hook = called_by(pipe).register_forward_pre_hook(caught, with_kwargs=True, prepend=True)
+    arguments = {**start.arguments, **told}
+    try:
+        with drawing(pipe, scheduler):
+            pipe(
+                **arguments,
+                num_inference_steps=start.steps,
+                guidance_scale=sampling.guided_by if guided else 1.0,
+                generator=start.generators,
+                output_type="latent",
+            )
+    except _Called:
+        pass
+    finally:
+        hook.remove()
+    noise = arguments.pop("latents") * scheduler.init_noise_sigma
+    guided = bool(pipe.do_classifier_free_guidance)
+    return FirstCall(cell, sampling, scheduler, noise, found, guided, arguments, start.generators)
+
+
+class _Over(diffusers.DDIMScheduler):  # type: ignore[misc]
+    """A scheduler without steps, by which a pipeline does with latents what it does after the last one."""
+
+    def set_timesteps(self, num_inference_steps: int, device: "str | torch.device | None" = None) -> None:
+        """Set none. The arguments are those of schedulers."""
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.zeros(0, device=device)
+
+
+def finished(adapters: "Adapters", call: FirstCall, latents: torch.Tensor, tell: Observer) -> Image.Image:
+    """Have the pipeline make a picture of what was drawn.
+
+    Args:
+        adapters: The adapters of the pipeline.
+        call: What it was begun with.
+        latents: What is left of the noise after the last step, (1, channels, height, width).
+        tell: Is told what the person should know.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UserError: It came out as NaN.
+    """
+    pipe = adapters.pipe
+    with drawing(pipe, _Over()), seamless(pipe, call.sampling.tile):
+        out = pipe(**call.arguments, latents=latents, num_inference_steps=1, guidance_scale=1.0, output_type="np")
+    _check_finite(out.images, pipe)
+    return _images(pipe, out, tell)[0]
+
+
 def _tell_of_scheduler(pipe: Pipeline, scheduler: Any, sampling: Sampling, tell: Observer) -> None:
     """Warn where another scheduler draws than the one that was asked for."""
     if gives_way(pipe, scheduler, sampling):
@@ -490,10 +622,15 @@ def _paint_batch(
     start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, controls: Controls
 ) -> list[Image.Image]:
     out = _called(start, batch, telling, report, controls, "np")
+    return _images(start.pipe, out, report.tell)
+
+
+def _images(pipe: Pipeline, out: Any, tell: Observer) -> list[Image.Image]:
+    """What a pipeline gives as pixels, as pictures."""
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
-        report.tell(Warned(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures"))
-    images: list[Image.Image] = start.pipe.image_processor.numpy_to_pil(out.images)
+        tell(Warned(f"the base's safety checker has blanked {blanked} of {len(out.images)} pictures"))
+    images: list[Image.Image] = pipe.image_processor.numpy_to_pil(out.images)
     return images
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..bases import denoiser_of
 from ..bases.base import checkpoint_sha256
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError, did_you_mean
@@ -19,7 +20,7 @@ from . import drawing, names, pictures
 from .bodies import Drawing
 from .drawing import Files, Held, Result
 from .settings import ServeConfig, sources
-from .worker import Job, Worker
+from .worker import Job, More, Worker
 
 T = TypeVar("T")
 _MODEL, _SKIP, _FORMAT, _VAE, _HASH = (
@@ -214,28 +215,57 @@ class Engine:
             result = drawing.run(body, self.config, self._hold(asked.source), self.files, asked.clip_skip, job)
             if lasting:
                 self._options = asked
-            return self._kept(body, result, job)
+            return self._kept(job, result)
 
         lasting = bool(override) and body.override_settings_restore_afterwards is False
-        shared = self._together if drawing.can_share(body) and not lasting else None
-        return self.worker.submit(_Request(name, work, shared, body.batch_size or 1, body=body))
+        shares = drawing.can_share(body) and not lasting
+        joins = shares and drawing.can_join(body) and self.config.offload is None
+        shared = self._joining if joins else self._together if shares else None
+        return self.worker.submit(_Request(name, work, shared, joins, body.batch_size or 1, body=body))
 
-    def _together(self, jobs: "Sequence[Job[Result]]") -> "Iterator[tuple[Job[Result], Result]]":
+    def _joining(self, jobs: "Sequence[Job[Result]]", more: More) -> "Iterator[tuple[Job[Result], Result]]":
+        """Draw requests together, and those that come meanwhile, until one is for another base."""
+        waiting = self._asking(jobs)
+
+        def next_ones(pictures: int) -> list[drawing.Asking]:
+            return [] if waiting else take(more(pictures))
+
+        def take(came: "Sequence[Job[Result]]") -> list[drawing.Asking]:
+            for source, several in self._asking(came).items():
+                waiting.setdefault(source, []).extend(several)
+            return waiting.pop(held.source, [])
+
+        while waiting:
+            source = next(iter(waiting))
+            held, asking = self._hold(source), waiting.pop(source)
+            if held.kept is None or not denoiser_of(held.pipe).steps_alike:
+                drawn = drawing.run_together(asking, self.config, held, self.files)
+            else:
+                drawn = drawing.run_joining(asking, self.config, held, self.files, held.kept, next_ones)
+            for job, result in drawn:
+                yield job, self._kept(job, result)
+
+    def _asking(self, jobs: "Sequence[Job[Result]]") -> dict[str, list[drawing.Asking]]:
+        """Requests by the base that they are for."""
+        found: dict[str, list[drawing.Asking]] = {}
+        for one in jobs:
+            if isinstance(one, _Request):
+                asked = self.with_options(one.body.override_settings or {})
+                found.setdefault(asked.source, []).append(drawing.Asking(one.body, asked.clip_skip, one))
+        return found
+
+    def _together(self, jobs: "Sequence[Job[Result]]", _: More) -> "Iterator[tuple[Job[Result], Result]]":
         """Draw requests together that wait together, those of one base after those of another."""
-        by_base: dict[str, list[drawing.Asking]] = {}
-        bodies: dict[Job[Result], Drawing] = {job: job.body for job in jobs if isinstance(job, _Request)}
-        for one, body in bodies.items():
-            asked = self.with_options(body.override_settings or {})
-            by_base.setdefault(asked.source, []).append(drawing.Asking(body, asked.clip_skip, one))
-        for source, asking in by_base.items():
+        for source, asking in self._asking(jobs).items():
             for job, result in drawing.run_together(asking, self.config, self._hold(source), self.files):
-                yield job, self._kept(bodies[job], result, job)
+                yield job, self._kept(job, result)
 
-    def _kept(self, body: Drawing, result: Result, job: "Job[Result]") -> Result:
+    def _kept(self, job: "Job[Result]", result: Result) -> Result:
         """Tell the person at the server what was noted, and save the pictures where that was asked for."""
         for note in result.notes:
             self._tell(Noted(note))
-        if body.save_images and self.config.output is not None:
+        saves = isinstance(job, _Request) and job.body.save_images
+        if saves and self.config.output is not None:
             for image, recipe in result.drawn:
                 pictures.save(at_home(self.config.output), f"{job.timestamp}-{recipe.seed}", image, recipe)
         return result

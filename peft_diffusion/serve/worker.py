@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Shared: TypeAlias = Callable[[Sequence["Job[T]"]], Iterator[tuple["Job[T]", T]]]
+More: TypeAlias = Callable[[int], "list[Job[Any]]"]
+"""Gives jobs that have come since and can be done with those under way: for so many pictures at most."""
+Shared: TypeAlias = Callable[[Sequence["Job[T]"], More], Iterator[tuple["Job[T]", T]]]
 """What does several jobs at once, and gives what comes of each as soon as it is there."""
 
 
@@ -34,6 +36,7 @@ class Job(Generic[T]):
         name: What it is, as ``/sdapi/v1/progress`` says.
         work: What is done; is given the job.
         shared: What does it together with others that wait behind it and have the same; None for alone.
+        joins: Whether ``shared`` is also for one, which others may join.
         pictures: How many it draws, where it can be done with others.
         future: What comes of it.
         rounds: How many batches there are.
@@ -49,6 +52,7 @@ class Job(Generic[T]):
     name: str
     work: "Callable[[Job[T]], T]"
     shared: "Shared[T] | None" = None
+    joins: bool = False
     pictures: int = 1
     future: "Future[T]" = field(default_factory=Future)
     rounds: int = 0
@@ -230,22 +234,39 @@ class Worker:
 
     def _run(self) -> None:
         while found := self._next():
-            jobs = [job for job in found if job.future.set_running_or_notify_cancel()]
-            for job in jobs:
-                job.timestamp = datetime.now().strftime("%Y%m%d%H%M%S")
-            if len(jobs) > 1 and jobs[0].shared is not None:
+            jobs = [job for job in found if _begins(job)]
+            if jobs and jobs[0].shared is not None and (len(jobs) > 1 or jobs[0].joins):
                 self._together(jobs, jobs[0].shared)
             for job in jobs:
                 if not job.future.done():
                     self._alone(job)
 
-    def _together(self, jobs: Sequence[Job[Any]], shared: Shared[Any]) -> None:
-        """Do several at once. Where that fails they are left to be done by themselves, so that each gets its own error."""
-        for job in jobs:
-            job.began = time.monotonic()
+    def _more(self, shared: Shared[Any], pictures: int) -> list[Job[Any]]:
+        """The next ones, as long as they can be done with those under way and there is room; in order, so that none that
+        cannot waits forever."""
+        found: list[Job[Any]] = []
+        with self._changed:
+            while self._jobs and self._jobs[0].shared == shared and self._jobs[0].pictures <= pictures:
+                job = self._jobs.popleft()
+                if _begins(job):
+                    found.append(job)
+                    pictures -= job.pictures
+        return found
+
+    def _together(self, jobs: list[Job[Any]], shared: Shared[Any]) -> None:
+        """Do several at once, and in ``jobs`` those that come meanwhile and join them. Where that fails they are left to be
+        done by themselves, so that each gets its own error."""
         self._present = tuple(jobs)
+
+        def more(pictures: int) -> list[Job[Any]]:
+            came = self._more(shared, pictures)
+            jobs.extend(came)
+            self._present = (*self._present, *came)
+            return came
+
         try:
-            for job, found in shared(jobs):
+            for job, found in shared(tuple(jobs), more):
+                self._present = tuple(one for one in self._present if one is not job)
                 job.future.set_result(found)
         except Exception:
             logger.debug("requests could not be drawn together", exc_info=True)
@@ -264,6 +285,14 @@ class Worker:
             job.future.set_exception(_raisable(error))
         finally:
             self._present = ()
+
+
+def _begins(job: Job[Any]) -> bool:
+    """Begin with a job, if somebody still waits for it."""
+    if not job.future.set_running_or_notify_cancel():
+        return False
+    job.began, job.timestamp = time.monotonic(), datetime.now().strftime("%Y%m%d%H%M%S")
+    return True
 
 
 def _raisable(error: BaseException) -> BaseException:
