@@ -1,8 +1,10 @@
 """A small random language model of a true architecture, made at once, and text for it."""
 
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from copies import Copies
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +28,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_lm(seed: int = 0, width: int = 32) -> LanguageModel:
     """A Llama of two layers with random weights and a head tied to its embedding."""
+    return LanguageModel(_copies(seed, width).copy(), byte_tokenizer(), "tiny")
+
+
+@cache
+def _copies(seed: int, width: int) -> Copies[LlamaForCausalLM]:
+    return Copies(partial(_build_lm, seed, width))
+
+
+def _build_lm(seed: int, width: int) -> LlamaForCausalLM:
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -37,7 +48,7 @@ def make_lm(seed: int = 0, width: int = 32) -> LanguageModel:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
     torch.set_rng_state(state)
-    return frozen(LanguageModel(model, byte_tokenizer(), "tiny"))
+    return frozen(LanguageModel(model, byte_tokenizer(), "tiny")).lm
 
 
 def save_lm(folder: Path, seed: int = 0, width: int = 32) -> Path:

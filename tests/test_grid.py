@@ -76,13 +76,13 @@ def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[
 @pytest.mark.slow
 def test_sides_have_the_names_of_a1111_unless_an_adapter_has_them(tiny_base: Path, tmp_path: Path) -> None:
     config = GridConfig("a cat", x="CFG Scale=3,4", y="Prompt S/R=cat,dog", z="Sampler=Euler a")
-    (row, other), columns = config.rows(config.plain()), config.columns
+    (row, other), columns = config.rows(config.of_generate()), config.columns
     assert columns == ["guidance 3", "guidance 4"] and [one.config.guidance for one in row.cells] == [3.0, 4.0]
     assert (row.label, other.cells[0].config.prompts, other.cells[0].config.scheduler) == (
         "scheduler Euler a\ncat", ("a dog",), "euler-a",
     )  # fmt: skip
     config = GridConfig("a cat", x="cfg=0,1", adapter=str(make_adapter(tmp_path / "cfg.safetensors", tiny_base, 1)))
-    (row,) = config.rows(config.plain())
+    (row,) = config.rows(config.of_generate())
     assert [one.choices[0].strength for one in row.cells] == [0.0, 1.0]
 
 
@@ -100,7 +100,7 @@ def test_numbers_of_a_side_may_be_ranges_as_in_a1111(
     told: str, values: list[float], tiny_base: Path, tmp_path: Path
 ) -> None:
     config = GridConfig("a cat", x=told, adapter=str(make_adapter(tmp_path / "ink.safetensors", tiny_base, 1)))
-    (row,) = config.rows(config.plain())
+    (row,) = config.rows(config.of_generate())
     name = {"s": "steps", "g": "guidance", "C": "guidance", "i": "ink"}[told[0]]
     found = [one.choices[0].strength if name == "ink" else getattr(one.config, name) for one in row.cells]
     assert found == values and config.columns == [f"{name} {value:g}" for value in values]
@@ -108,7 +108,7 @@ def test_numbers_of_a_side_may_be_ranges_as_in_a1111(
 
 def test_ranges_are_of_numbers_alone() -> None:
     config = GridConfig("a 1-2 cat", x="replace=1-2,3-4", y="negative=1-2")
-    assert config.columns == ["1-2", "3-4"] and [row.label for row in config.rows(config.plain())] == ["negative 1-2"]
+    assert config.columns == ["1-2", "3-4"] and [row.label for row in config.rows(config.of_generate())] == ["negative 1-2"]
 
 
 def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 import peft_diffusion as pd
 from peft_diffusion.cli.app import main
-from peft_diffusion.core.events import Event
+from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.data.captions import tag_frequency
 from peft_diffusion.formats.sidecars import read_sidecars
 from peft_diffusion.generation import recipe
@@ -344,13 +344,28 @@ def test_adapters_are_chosen_with_their_triggers(library: Library, shelf: Path) 
     assert "it has the triggers of" in library.choose("zkw style", 2).message
 
 
+def test_prompts_of_a_sheet_have_the_same_adapters_those_that_any_asks_for_most(library: Library) -> None:
+    prompts = ["a cat in pencil", "zkw style of a car", "quantum chromodynamics"]
+    first, second, third = library.choose_together(prompts, 2)
+    assert [one.entry.name for one in (*first.found, *second.found)] == ["a1", "c3"] and third.found == ()
+    assert first.every == second.every == third.every and second.every[0].entry.name == "c3"
+    assert [one.prompt for one in (first, second, third)] == [
+        "zkw style, pencil drawing, a cat in pencil", "pencil drawing, zkw style of a car",
+        "zkw style, pencil drawing, quantum chromodynamics",
+    ]  # fmt: skip
+    alone = library.choose_together(prompts, 1)
+    assert [[one.entry.name for one in chosen.every] for chosen in alone] == [["c3"]] * 3
+    assert "a1.safetensors" in alone[0].message and "is not taken: others are asked for more, and 1 are" in alone[0].message
+    assert "which another prompt asks for more" in alone[2].message
+
+
 def test_what_a_region_names_is_not_chosen_for_the_whole_picture(library: Library, shelf: Path) -> None:
 
     def chosen(region: pd.Region) -> list[str]:
         config = pd.GenerateConfig(
             "a pencil drawing of a cat", auto=1, library=library.path, base="sd1", adapters_dir=shelf, region=[region]
         )
-        with retrieval(config, None, (), lambda event: None) as used:
+        with retrieval(config, None, (), lambda event: None, used=True) as used:
             ((one,),) = order(config, (), literal=False, retrieval=used).rows
         return [Path(tag.name).stem for tag in one.tags]
 
@@ -383,11 +398,74 @@ def test_generate_chooses_by_prompt_and_its_picture_is_made_again(tmp_path: Path
     assert Image.open(again).tobytes() == pictures[0].image.tobytes()
     assert recipe.read(again).adapters == pictures[0].recipe.adapters
     with pytest.raises(pd.UserError, match="--library is where --auto finds adapters"):
-        pd.GenerateConfig(prompts="a cat", library=place)
+        pd.GenerateConfig(prompts="a cat", library=place).check()
     with pytest.raises(pd.UserError, match="leave --auto away"):
         pd.GenerateConfig(auto=1, recipe=again)
     with pytest.raises(pd.UserError, match="there is no library"):
         pd.GenerateConfig(prompts="a cat", auto=1, library=tmp_path / "none.sqlite3").check()
+
+
+def apart(one: Image.Image, other: Image.Image) -> int:
+    """By how much bytes differ at most; what is drawn in another batch is rounded otherwise."""
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+@pytest.mark.slow
+def test_sheets_choose_by_prompt_and_their_pictures_are_made_again_without_the_library(
+    tmp_path: Path, tiny_base: Path, tiny_pipe: Any
+) -> None:
+    folder, place = tmp_path / "mine", tmp_path / "library.sqlite3"
+    folder.mkdir()
+    for seed, word in enumerate(("ink", "car")):
+        make_adapter(folder / f"{word}.safetensors", tiny_base, seed, (word,), size=0.5)
+    with Library(place) as library:
+        library.add([folder])
+    common: dict[str, Any] = {"auto": 2, "library": place, "steps": 2, "device": "cpu"}
+    prompts = ("a inkcat ink", "a car")
+    told: list[Event] = []
+    config = pd.BlendConfig(prompts, columns=2, plain=True, output=tmp_path / "blend.png", **common)
+    drawn = pd.blend(config, pipe=tiny_pipe, observers=[told.append])
+    chosen = [one for one in told if isinstance(one, Chosen)]
+    assert [[found.entry.name for found in one.found] for one in chosen] == [["ink"], ["car"]]
+    assert [[Path(one.path).stem for one in cell.adapters] for cell in sum(drawn.recipes, ())] == [["car"], ["ink"]] * 2
+    assert [row[0].prompt for row in drawn.recipes] == ["car, a inkcat ink", "ink, a car"]
+    assert [row[0].written for row in drawn.recipes] == list(prompts)
+    assert not [one for one in told if isinstance(one, Noted) and "does not contain" in one.message]
+
+    told.clear()
+    config_of_grid = pd.GridConfig(prompts[0], x="replace=ink,car", y="auto=none,1", output=tmp_path / "grid.png",
+                                   **{**common, "auto": None})  # fmt: skip
+    sheet = pd.grid(config_of_grid, pipe=tiny_pipe, observers=[told.append])
+    strengths = [[{Path(a.path).stem: a.strength for a in cell.adapters} for cell in row] for row in sheet.recipes]
+    assert strengths[0] == [{}, {}] and strengths[1][0].keys() == {"ink"} and strengths[1][1].keys() == {"car"}
+    assert len([one for one in told if isinstance(one, Chosen)]) == 2
+    (alone,) = pd.generate(
+        pd.GenerateConfig("a carcat car", output=tmp_path / "alone.png", **{**common, "auto": 1}), pipe=tiny_pipe
+    )
+    assert sheet.recipes[1][1] == alone.recipe and apart(sheet.pictures[1][1], alone.image) <= 1
+
+    place.unlink()
+    for picture, one in ((drawn.pictures[1][0], drawn.recipes[1][0]), (sheet.pictures[1][0], sheet.recipes[1][0])):
+        recipe.write(tmp_path / "one.png", picture, one)
+        again = pd.GenerateConfig(recipe=tmp_path / "one.png", output=tmp_path / "again.png", device="cpu")
+        assert apart(pd.generate(again, pipe=tiny_pipe)[0].image, picture) <= 1 < apart(picture, sheet.pictures[0][0])
+
+
+@pytest.mark.slow
+def test_a_sheet_of_blends_needs_two_adapters_with_those_that_are_chosen(
+    tmp_path: Path, tiny_base: Path, tiny_pipe: Any
+) -> None:
+    file, place = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, ("ink",)), tmp_path / "library.sqlite3"
+    with Library(place) as library:
+        library.add([file])
+    common: dict[str, Any] = {"library": place, "steps": 1, "device": "cpu", "output": tmp_path / "a.png"}
+    with pytest.raises(pd.UserError, match="--auto 2 chooses two"):
+        pd.BlendConfig("a cat", auto=1, **common)
+    for prompt, there in (("a house", "there is none"), ("ink", r"there is .*ink\.safetensors alone")):
+        with pytest.raises(pd.UserError, match=there):
+            pd.blend(pd.BlendConfig(prompt, auto=2, **common), pipe=tiny_pipe)
+    with pytest.raises(pd.UserError, match="--library is where --auto finds adapters"):
+        pd.GridConfig("a cat", **common).check()
 
 
 @pytest.mark.slow

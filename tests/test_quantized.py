@@ -27,7 +27,6 @@ from laws import (  # noqa: F401
     test_law_6_strengths_per_image_equal_separate_runs,
     test_law_7_a_captured_graph_gives_the_same_gradients,
     test_law_7_checkpointing_gives_the_same_gradients,
-    test_law_8_copies_are_equal_and_independent,
 )
 from making import spec_of
 from rich.console import Console
@@ -96,6 +95,11 @@ def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> Non
     quantized.quantize(case.model, kind)
     assert linears(case.model)
     assert laws.recompilations(case) == 0
+
+
+@torch.no_grad()
+def test_law_8_copies_are_equal_and_independent(case: Case) -> None:
+    laws.copies_are_equal_and_independent(case)
 
 
 @torch.no_grad()

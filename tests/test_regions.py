@@ -21,7 +21,7 @@ from test_fast_generation import carry as fast_carry
 from test_formats import write_adapter
 from torch import Tensor, nn
 
-from peft_diffusion import GenerateConfig, Region, Request, generate
+from peft_diffusion import BlendConfig, GenerateConfig, GridConfig, Region, Request, blend, generate, grid
 from peft_diffusion.bases import regional_attention
 from peft_diffusion.bases.regional_attention import Maps
 from peft_diffusion.core import regions, site
@@ -33,6 +33,7 @@ from peft_diffusion.fast import drawing
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.asked import order
 from peft_diffusion.generation.automatic_regions import concepts_of
+from peft_diffusion.generation.recipe import write as write_recipe
 from peft_diffusion.generation.regions import Area, DrawnRegion, parse_area, picture_masks
 from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
@@ -338,6 +339,76 @@ def test_regions_are_found_by_where_triggers_are_read(
     assert again.image.tobytes() == picture.image.tobytes()
     with pytest.raises(UserError, match="only that of ink; write them into the prompt"):
         generate(replace(config, prompts=("ink cat",)), pipe=tiny_pipe)
+
+
+@pytest.mark.slow
+def test_sheets_have_the_regions_of_pictures_alone(tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
+    """Each picture of a blend and of a grid is the one that ``generate`` draws at its strengths, with the same recipe."""
+    ink, flat, line = (
+        make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, triggers=(name,), size=0.5)
+        for seed, name in enumerate(("ink", "flat", "line"), 1)
+    )
+    region = (Region(box=(0, 0, 0.5, 1), prompt="an ink dog", adapter=(f"{line}=0.7", "flat=0")), "box=0.5,0.5,1,1")
+    common: dict[str, Any] = {"steps": 2, "device": "cpu", "region": region, "region_feather": 0.1}
+    both = (str(ink), f"{flat}=0.8")
+    drawn = blend(
+        BlendConfig("flat house", adapter=both, columns=3, plain=True, output=tmp_path / "a.png", **common), pipe=tiny_pipe
+    )
+    pictures = list(zip(drawn.pictures[0], drawn.recipes[0], ((1, 0), (0.5, 0.4), (0, 0.8)), strict=True))
+    sheet = grid(
+        GridConfig("flat house", adapter=both, x="replace=dog,cat", output=tmp_path / "b.png", **common), pipe=tiny_pipe
+    )
+    for picture, recipe, strengths in [*pictures[1:], (sheet.pictures[0][0], sheet.recipes[0][0], (1, 0.8))]:
+        given = tuple(f"{file}={strength}" for file, strength in zip((ink, flat), strengths, strict=True))
+        (alone,) = generate(GenerateConfig("flat house", adapter=given, output=tmp_path / "c.png", **common), pipe=tiny_pipe)
+        found, wanted = (np.asarray(one, dtype=int) for one in (picture, alone.image))
+        assert np.abs(found - wanted).max() <= 1
+        assert [one.area for one in recipe.divided] == [one.area for one in alone.recipe.divided]
+        assert [one.prompt for one in recipe.divided] == ["an ink dog", "flat house"]
+    write_recipe(tmp_path / "d.png", *pictures[2][:2])
+    (again,) = generate(GenerateConfig(recipe=tmp_path / "d.png", device="cpu", output=tmp_path / "e.png"), pipe=tiny_pipe)
+    assert np.abs(np.asarray(again.image, dtype=int) - np.asarray(pictures[2][0], dtype=int)).max() <= 1
+    assert [one.divided[0].prompt for one in sheet.recipes[0]] == ["an ink dog", "an ink cat"]
+
+
+@pytest.mark.slow
+def test_a_grid_compares_where_regions_are(tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
+    made = [
+        make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, triggers=(name,), size=0.5)
+        for seed, name in enumerate(("ink", "flat"), 1)
+    ]
+    common: dict[str, Any] = {"steps": 2, "device": "cpu", "adapter": tuple(map(str, made))}
+    config = GridConfig("ink cat and flat dog", x="regions=given,auto", region_feather=0.2, output=tmp_path / "a.png",
+                        **common)  # fmt: skip
+    sheet = grid(config, pipe=tiny_pipe)
+    assert [len(one.divided) for one in sheet.recipes[0]] == [0, 2]
+    (alone,) = generate(
+        GenerateConfig("ink cat and flat dog", regions="auto", region_feather=0.2, output=tmp_path / "b.png", **common),
+        pipe=tiny_pipe,
+    )
+    assert sheet.recipes[0][1] == alone.recipe
+    assert np.abs(np.asarray(sheet.pictures[0][1], int) - np.asarray(alone.image, int)).max() <= 1
+
+
+BOX = Region(box=(0, 0, 0.5, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lambda: BlendConfig("a", auto=2, region=BOX, compose="switch"), "--compose switch has no place"),
+        (lambda: BlendConfig("a", auto=2, region=BOX, report="a.json"), "--report measures adapters on whole pictures"),
+        (lambda: BlendConfig("a", auto=2, region_feather=0.2).check(), "are of regions"),
+        (lambda: GridConfig("a", x="region_feather=0,0.2").check(), "are of regions"),
+        (lambda: GridConfig("a", region=BOX, x="compose=add,switch").check(), "--compose switch has no place"),
+        (lambda: GridConfig("a", region=BOX, x="regions=given,auto").check(), "finds the regions by itself"),
+        (lambda: GridConfig("a", region=BOX, x="replace=dog,cat").check(), "no prompt holds 'dog'"),
+        (lambda: GridConfig("a", region="mask=no.png").check(), "there is no picture no.png of a region"),
+    ],
+)
+def test_regions_of_sheets_that_cannot_be_are_refused(config: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config()
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from peft_diffusion.formats import plan
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.generation.kept import Kept
 from peft_diffusion.generation.settings import Choice
+from peft_diffusion.library import Library
 from peft_diffusion.serve import drawing, inpainting, names, pictures
 from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
@@ -43,6 +44,11 @@ from peft_diffusion.serve.worker import Job
 TOKEN = "a token of the tests"
 INFO = BaseInfo("b", "sd1", "epsilon", 64, 8, "0" * 16)
 SIDE = {"width": 64, "height": 64}
+
+
+def own(**told: Any) -> dict[str, Any]:
+    """What a request says to us alone."""
+    return {"alwayson_scripts": {"peft_diffusion": {"args": [told]}}}
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +346,53 @@ def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: 
 
 
 @pytest.mark.slow
+def test_a_request_has_the_adapters_of_a_library_and_the_regions_of_generate(
+    pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    place, mine = tmp_path / "library.sqlite3", tmp_path / "mine"
+    mine.mkdir()
+    for seed, word in enumerate(("ship", "moon"), 30):
+        make_adapter(mine / f"{word}.safetensors", tiny_base, seed, (word,), size=0.5)
+    with Library(place) as library:
+        library.add([mine])
+    white = Image.new("L", (64, 64))
+    white.paste(255, (32, 0, 64, 64))
+    white.save(tmp_path / "mask.png")
+    left: dict[str, Any] = {"box": (0, 0, 0.5, 1), "prompt": "a cat <lora:ink:0.8>"}
+    mask: dict[str, Any] = {"prompt": "a moon"}
+    given = [left, mask | {"mask": webuiapi.raw_b64_img(white)}]
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"auto": 1, "region": given}, {"auto": 1, "region": (left, mask | {"mask": tmp_path / "mask.png"}), **SIDE}),
+        ({"auto": 2, "regions": "auto"}, {"auto": 2, "regions": "auto", **SIDE}),
+    ]
+    serving = ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu", max_auto=2, library=place)
+    serving.check()
+    engine = Engine(serving, lambda _: None)
+    for (told, options), prompt in zip(ways, ("a ship", "a ship moon"), strict=True):
+        body = TextToImage.model_validate({"prompt": prompt, "seed": 1, "steps": 2, **SIDE, **own(**told)})
+        result = engine.draw(body, "txt2img").future.result()
+        config = GenerateConfig(prompt, seed=1, steps=2, base=str(tiny_base), adapters_dir=shelf, device="cpu",
+                                library=place, output=tmp_path / "drawn", **options)  # fmt: skip
+        (alone,) = generate(config, pipe=pipe)
+        ((image, recipe),) = result.drawn
+        assert same(image, alone.image) and recipe.adapters == alone.recipe.adapters
+        assert recipe.divided == alone.recipe.divided and len(recipe.divided) == 2
+        info = json.loads(drawing.info_of(body, result, ""))
+        (chosen,) = info["auto"]
+        names_of = [one["name"] for one in chosen["adapters"]]
+        assert sorted(names_of) == ["moon", "ship"][-told["auto"] :] and chosen["drawn"] == recipe.prompt
+        assert all(f"<lora:{name}:" in info["infotexts"][0] for name in names_of)
+        assert any(one.startswith(f'for "{prompt}" ') for one in info["comments"])
+        repeated = body.repeated()["alwayson_scripts"]["peft_diffusion"]["args"][0]
+        assert repeated["auto"] == told["auto"] and not any(one["mask"] for one in repeated["region"])
+    with pytest.raises(UserError, match="auto is at most 2 here, not 3"):
+        engine.draw(TextToImage.model_validate({"prompt": "a", **own(auto=3)}), "txt2img").future.result()
+    engine.close()
+    engine.worker.join()
+    engine.files.close()
+
+
+@pytest.mark.slow
 def test_adapters_of_calls_that_join_are_shared_and_leave_with_the_last(pipe: Any, shelf: Path, tmp_path: Path) -> None:
     files = {name: Path(shutil.copy(shelf / f"{name}.safetensors", tmp_path)) for name in ("ink", "flat", "line")}
     kept, (ink, flat, line) = Kept(pipe, 2**30), (Choice(file, plan=plan(file)) for file in files.values())
@@ -512,10 +565,7 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert client.get_memory()["ram"]["total"] > client.get_memory()["ram"]["used"] > 0
     assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
     assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
-    assert client.get_scripts() == {
-        "txt2img": [],
-        "img2img": [],
-    }
+    assert client.get_scripts() == {"txt2img": ["peft_diffusion"], "img2img": ["peft_diffusion"]}
     assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
     for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
         assert empty() == []
@@ -653,6 +703,16 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"script_name": "X/Y/Z plot"}, "script_name "),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, "the script 'ControlNet' of alwayson_scripts"),
         ({"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "x"}]}}}, "the script 'ADetailer'"),
+        (own(auto=2), "start serve with --max-auto"),
+        (own(region=[{"box": [0.5, 0, 0.2, 1]}]), "region[0]: box=0.5,0,0.2,1 is none"),
+        (own(region=[{"box": [0, 0, 1, 1]}, {}]), "region[1]: a region has nothing that says where it is"),
+        (own(region=[{"mask": "/etc/passwd"}]), "region[0].mask is no picture in base64"),
+        (own(region=[{"painted": webuiapi.raw_b64_img(Image.new("RGB", (8, 8))), "color": "#ff0000"}]),
+         "region[0].painted has nothing of the colour #ff0000"),
+        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a <lora:../outside:1>"}]), "there is no adapter '../outside'"),
+        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a" * 10_001}]), "the prompt of region 1 is at most"),
+        (own(region=[{"box": [0, 0, 1, 1]}], regions="auto"), "--regions auto finds the regions by itself"),
+        (own(regions="auto"), "regions are found by the triggers of two adapters"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the option eta_noise_seed_delta"),
         ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
         ({"override_settings": {"samples_format": "exe"}}, "samples_format"),
@@ -675,6 +735,7 @@ def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any
         ({"denoising_strength": 0}, "denoising_strength must be above 0"),
         ({"resize_mode": 3}, "resize_mode 3"),
         ({"mask": "", "inpainting_fill": 2}, "inpainting_fill 2"),
+        ({"mask": "x", **own(region=[{"box": [0, 0, 1, 1]}])}, "inpaint_full_res draws the part around the mask alone"),
     ],
 )
 def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str, Any], told: str) -> None:
@@ -701,6 +762,14 @@ def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
     answer = ask(address, "txt2img", {"steps": "many"})
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "steps"]
     assert ask(address, "no-such-endpoint").status_code == 404
+    args = ["body", "alwayson_scripts", "peft_diffusion", "args", 0]
+    for told, where in (
+        (own(region=[{"box": [0, 1]}]), ["region", 0, "box"]), (own(region=[{"adapter": "a"}]), ["region", 0, "adapter"]),
+        (own(auto=0), ["auto"]), (own(region=[{}] * 17), ["region"]), (own(region_isolation=2), ["region_isolation"]),
+        (own(library="a"), ["library"]),
+    ):  # fmt: skip
+        answer = ask(address, "txt2img", told)
+        assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == [*args, *where]
 
 
 # Without a server.

@@ -1,9 +1,10 @@
 """Pictures as they were asked for: each prompt with what it leaves open, which adapters it names, and what its line says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from ..bases import components
@@ -15,9 +16,12 @@ from ..core.strength_schedule import ByPart
 from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
 from . import amounts
+from .calibration import times
 from .recipe import UsedRegion
+from .regions import Area, Division, DrawnRegion, parse_area
 from .retrieval import Retrieval
-from .settings import Choice, GenerateConfig, Key, Sampling, parse_choice, with_plans
+from .sampler import Cell
+from .settings import BlendConfig, Choice, GenerateConfig, Key, Sampling, parse_choice, with_plans
 from .tags import Shelf, Tag, take
 
 S = TypeVar("S", bound=Sampling)
@@ -77,6 +81,11 @@ class Asked:
     regions: tuple[Read | None, ...] = ()
 
     @property
+    def texts(self) -> list[str]:
+        """All that is read for it: its prompt, the negative one, and those of its regions."""
+        return [self.prompt, self.negative, *(read.prompt for read in self.regions if read is not None)]
+
+    @property
     def all_tags(self) -> list[Tag]:
         """The adapters that its prompt, and those of its regions name."""
         return [*self.tags, *(tag for read in self.regions if read is not None for tag in read.tags)]
@@ -91,13 +100,15 @@ class Order:
         choices: The adapters: those given, then those that only regions and prompts name.
         shelf: Where prompts find adapters.
         in_regions: The adapters that each region names, with their strengths there.
-        divided: The regions of a recipe, in place of those of the settings.
+        areas: Where each region is.
+        divided: The regions of a recipe, in place of those.
     """
 
     rows: tuple[tuple[Asked, ...], ...]
     choices: tuple[Choice, ...]
     shelf: Shelf
     in_regions: tuple[tuple[Choice, ...], ...] = ()
+    areas: tuple[Area, ...] = ()
     divided: tuple[UsedRegion, ...] = ()
 
     @property
@@ -128,7 +139,8 @@ class Order:
         return found
 
     def _in(self, choice: Choice, one: Asked) -> bool:
-        return choice in self.shelf.given or any(self.shelf.find(tag.name).path == choice.path for tag in one.tags)
+        given = choice in self.shelf.given and choice.strength != 0
+        return given or any(self.shelf.find(tag.name).path == choice.path for tag in one.tags)
 
     def parts(self, one: Asked, names: Sequence[str], base: Base) -> list[tuple[str | None, dict[str, float | ByPart]]]:
         """Tell what the regions of a picture show, and with how much of which adapters.
@@ -164,6 +176,42 @@ class Order:
             By name: what the prompt says; else what was given, and 0 of those that other prompts name.
         """
         return strengths(self.choices, names, one.tags, self.shelf, base)
+
+    def cell(
+        self,
+        one: Asked,
+        names: Sequence[str],
+        base: Base,
+        factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> Cell:
+        """Say a picture as the sampler takes it.
+
+        Args:
+            one: The picture.
+            names: What the adapters are called on the base, in the order of `choices`.
+            base: The base.
+            factors: What the strengths of adapters are multiplied by.
+
+        Returns:
+            The picture, with its regions.
+
+        Raises:
+            UserError: A region of a recipe cannot be read.
+        """
+
+        def scaled(amounts: Mapping[str, float | ByPart]) -> dict[str, float | ByPart]:
+            return {name: times(amount, factors.get(name, 1.0)) for name, amount in amounts.items()}
+
+        parts = [
+            DrawnRegion(area, prompt, scaled(own))
+            for area, (prompt, own) in zip(self.areas, self.parts(one, names, base), strict=True)
+        ]
+        for said in self.divided:
+            own = {names[number]: amount for number, amount in said.amounts().items() if number < len(names)}
+            parts.append(DrawnRegion(parse_area(said.area), said.prompt, own))
+        how = one.config
+        division = Division(tuple(parts), how.region_feather, how.region_isolation) if parts else None
+        return Cell(one.prompt, one.seed, scaled(self.strengths(one, names, base)), one.negative, division)
 
 
 def manner(sampling: S) -> S:
@@ -221,7 +269,14 @@ def _amount(choice: Choice, tag: Tag, base: Base) -> float | ByPart:
     return replace(parts, components={name: value * parts.components.get(name, 1.0) for name, value in told.items()})
 
 
-def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, retrieval: Retrieval | None = None) -> Order:
+def order(
+    config: GenerateConfig,
+    choices: Sequence[Choice],
+    *,
+    literal: bool,
+    retrieval: Retrieval | None = None,
+    areas: tuple[Area, ...] | None = None,
+) -> Order:
     """Read all prompts.
 
     Args:
@@ -229,12 +284,13 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, r
         choices: The adapters that were given.
         literal: Whether the prompts are those of a recipe, which leave nothing open.
         retrieval: Chooses further adapters for each prompt; None where none are chosen.
+        areas: Where the regions are; None where that is read from the settings.
 
     Returns:
         What is drawn.
 
     Raises:
-        UserError: A prompt, a list or an adapter cannot be read.
+        UserError: A prompt, a list, an adapter or the picture of a region cannot be read.
     """
     shelf, wildcards = Shelf(tuple(choices), config.adapters_dir), Wildcards(config.wildcards_dir)
     in_regions = _of_regions(config, shelf)
@@ -243,15 +299,120 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool, r
     for line in lines:
         read = PromptLine(line, {}) if literal else parse_line(line)
         one = _of_line(config, read.prompt, read.told)
-        row = [_picture(one, read.prompt, seed, wildcards, literal) for seed in one.all_seeds()]
-        if retrieval is not None:
-            row = [_with_chosen(asked, retrieval, shelf, in_regions) for asked in row]
-        rows.append(tuple(row))
+        rows.append([picture(one, read.prompt, seed, wildcards, literal=literal) for seed in one.all_seeds()])
+    if retrieval is not None:
+        rows, shelf = with_chosen(rows, retrieval, shelf, in_regions)
+    areas = tuple(map(Area.of, config.region)) if areas is None else areas
+    return gathered(rows, shelf, in_regions=in_regions, areas=areas)
+
+
+def order_of_sheet(
+    config: BlendConfig, choices: Sequence[Choice], retrieval: Retrieval | None = None
+) -> tuple[Order, tuple[Choice, ...]]:
+    """Read the prompts of a sheet, all of one seed, on which all have the same adapters.
+
+    Args:
+        config: What was asked for.
+        choices: The adapters that were given.
+        retrieval: Chooses further adapters, for all prompts together; None where none are chosen.
+
+    Returns:
+        What is drawn, a row for each prompt; and the adapters of the sheet, which stand first among all.
+
+    Raises:
+        UserError: A prompt, a list, an adapter or the picture of a region cannot be read, or a prompt names an adapter that
+            was given.
+    """
+    how = config.of_generate()
+    shelf, wildcards = Shelf(tuple(choices), how.adapters_dir), Wildcards(how.wildcards_dir)
+    in_regions = _of_regions(how, shelf)
+    row = [picture(replace(how, prompts=(prompt,)), prompt, how.seed, wildcards) for prompt in config.prompts]
+    for tag in (tag for one in row for tag in one.tags):
+        if shelf.find(tag.name) in choices:
+            raise UserError(f"<lora:{tag.name}> in the prompt is one of the adapters that are blended; leave it away")
+    chosen: tuple[Choice, ...] = ()
+    if retrieval is not None and config.auto is not None:
+        used = list(dict.fromkeys(path for one in row for path in _used(one, shelf, in_regions)))
+        made = retrieval.choose_together([one.prompt for one in row], config.auto, used)
+        row = [replace(one, prompt=found.prompt) for one, found in zip(row, made, strict=True)]
+        chosen = with_plans(made[0].choices)
+    areas = tuple(map(Area.of, how.region))
+    return gathered([[one] for one in row], shelf, blended=chosen, in_regions=in_regions, areas=areas), (*choices, *chosen)
+
+
+def with_chosen(
+    rows: Sequence[Sequence[Asked]],
+    retrieval: Retrieval,
+    shelf: Shelf,
+    in_regions: Sequence[Sequence[Choice]] = (),
+) -> tuple[list[list[Asked]], Shelf]:
+    """Choose adapters of a library for the prompts of pictures, beside those that these and their regions name.
+
+    Args:
+        rows: The pictures; for those whose settings say no number none are chosen.
+        retrieval: What chooses.
+        shelf: Where prompts find adapters.
+        in_regions: The adapters that each region names.
+
+    Returns:
+        The pictures with what was chosen, and a shelf that has it.
+
+    Raises:
+        UserError: The library cannot be read.
+    """
+    chosen: dict[Path, Choice] = {}
+
+    def one_with(asked: Asked) -> Asked:
+        if asked.config.auto is None:
+            return asked
+        found = retrieval.choose(asked.prompt, asked.config.auto, _used(asked, shelf, in_regions))
+        chosen.update({one.path: replace(one, strength=1.0) for one in found.choices})
+        tags = [Tag(str(one.path), one.strength, one.strength) for one in found.choices]
+        how = replace(asked.config, auto=None)
+        return replace(asked, prompt=found.prompt, tags=(*asked.tags, *tags), config=how)
+
+    made = [[one_with(asked) for asked in row] for row in rows]
+    return made, shelf.holding(chosen=chosen.values())
+
+
+def _used(asked: Asked, shelf: Shelf, in_regions: Sequence[Sequence[Choice]]) -> list[Path]:
+    """The files of adapters that a picture and its regions name."""
+    named = [shelf.find(tag.name) for tag in asked.all_tags]
+    return [one.path for one in chain(named, *in_regions)]
+
+
+def gathered(
+    rows: Sequence[Sequence[Asked]],
+    shelf: Shelf,
+    *,
+    blended: Sequence[Choice] = (),
+    in_regions: tuple[tuple[Choice, ...], ...] = (),
+    areas: tuple[Area, ...] = (),
+    parsed: Callable[[Sequence[Choice]], tuple[Choice, ...]] = with_plans,
+) -> Order:
+    """Find all adapters of pictures whose prompts were read.
+
+    Args:
+        rows: The pictures.
+        shelf: Where prompts find adapters.
+        blended: Adapters that all pictures have beside those that are given.
+        in_regions: The adapters that each region names, with their strengths there.
+        areas: Where each region is.
+        parsed: Parses the files of adapters.
+
+    Returns:
+        What is drawn.
+
+    Raises:
+        UserError: An adapter cannot be read.
+    """
+    every = (*shelf.given, *blended)
     of_regions = {one.key: replace(one, strength=1.0, parts=None) for said in in_regions for one in said}
-    only_there = [one for key, one in of_regions.items() if key not in {choice.key for choice in choices}]
+    only_there = [one for key, one in of_regions.items() if key not in {choice.key for choice in every}]
     tags = [tag for row in rows for one in row for tag in one.all_tags]
     named = [one for one in shelf.all_of(tags) if one.key not in of_regions]
-    return Order(tuple(rows), (*choices, *with_plans([*only_there, *named])), shelf, in_regions)
+    made = tuple(tuple(row) for row in rows)
+    return Order(made, (*every, *parsed([*only_there, *named])), shelf, in_regions or ((),) * len(areas), areas)
 
 
 def _of_regions(config: GenerateConfig, shelf: Shelf) -> tuple[tuple[Choice, ...], ...]:
@@ -296,40 +457,25 @@ def _of_line(config: GenerateConfig, prompt: str, told: Mapping[str, Any]) -> Ge
         raise UserError(f'the prompt "{brief(prompt)}" cannot be drawn: {error}') from None
 
 
-def _picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcards, literal: bool) -> Asked:
-    if literal:
-        regions = tuple(None if one.prompt is None else Read(one.prompt, ()) for one in config.region)
-        return Asked(prompt, config.negative, seed, (), prompt, config, regions)
-    read = read_prompt(prompt, seed, wildcards)
-    regions = tuple(None if one.prompt is None else read_prompt(one.prompt, seed, wildcards) for one in config.region)
-    own = replace(config, negative="")
-    return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)
-
-
-def _with_chosen(asked: Asked, retrieval: Retrieval, shelf: Shelf, in_regions: Sequence[Sequence[Choice]]) -> Asked:
-    """A picture with the adapters that a library chooses for its prompt, beside those that it and its regions name."""
-    named = [shelf.find(tag.name) for tag in asked.all_tags]
-    prompt, tags = retrieval.choose(asked.prompt, [one.path for one in chain(named, *in_regions)], shelf)
-    return replace(asked, prompt=prompt, tags=(*asked.tags, *tags))
-
-
-def read_all(config: Sampling, choices: Sequence[Choice], seed: int) -> tuple[list[Read], tuple[Choice, ...], Shelf]:
-    """Read the prompts of a sheet, all of one seed.
+def picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcards, *, literal: bool = False) -> Asked:
+    """Read a prompt, and those of the regions.
 
     Args:
-        config: What was asked for.
-        choices: The adapters that were given.
-        seed: The seed.
+        config: How the picture is drawn.
+        prompt: The prompt as it was written.
+        seed: That of its noise.
+        wildcards: The lists.
+        literal: Whether the prompts are those of a recipe, which leave nothing open.
 
     Returns:
-        The prompts, the adapters that they name beside those given, and where they were found.
+        The picture. Its settings have neither the negative prompt nor the regions, which it has of its own.
 
     Raises:
-        UserError: A prompt, a list or an adapter cannot be read, or a prompt names one that was given.
+        UserError: A list or a strength cannot be read.
     """
-    shelf, wildcards = Shelf(tuple(choices), config.adapters_dir), Wildcards(config.wildcards_dir)
-    read = [read_prompt(prompt, seed, wildcards) for prompt in config.prompts]
-    for tag in (tag for one in read for tag in one.tags):
-        if shelf.find(tag.name) in choices:
-            raise UserError(f"<lora:{tag.name}> in the prompt is one of the adapters that are blended; leave it away")
-    return read, with_plans(shelf.all_of(tag for one in read for tag in one.tags)), shelf
+    own = replace(config, negative="", region=())
+    if literal:
+        return Asked(prompt, config.negative, seed, (), prompt, own)
+    read = read_prompt(prompt, seed, wildcards)
+    regions = tuple(None if one.prompt is None else read_prompt(one.prompt, seed, wildcards) for one in config.region)
+    return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)

@@ -1,6 +1,6 @@
 """``blend``: a sheet from all of one adapter to all of another, every picture from the same noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..bases import components
 from ..bases.pipelines import Pipeline
+from ..core.errors import UserError
 from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
 from ..core.strength_schedule import ByPart
@@ -17,7 +18,7 @@ from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
-from .asked import read_all, strengths
+from .asked import Order, order_of_sheet
 from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
@@ -27,6 +28,7 @@ from .memory import loaded, spare
 from .overlap import BlendReport, measured
 from .overlap_files import write
 from .recipe import Recipe
+from .retrieval import retrieval
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
 from .telling import tell_clip_skip
@@ -70,45 +72,66 @@ def blend(
     with observed(observers) as tell:
         of_kind(config, BlendConfig)
         config.check()
-        choices = config.choices()
-        read, named, shelf = read_all(config, choices, config.seed)
-        config = for_few_steps(config, (*choices, *named), tell)
+        config, asked, choices = _asked(config, pipe, tell)
         base = loaded(config, pipe)
-        lent = pipe is not None
-        every = (*choices, *named)
-        prompts = [one.prompt for one in read]
-        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict, fast=config.fast) as (
+        lent, halt = pipe is not None, stop or Never()
+        every = [one.prompt for one in asked.pictures]
+        prompts = [every if number < len(choices) else own for number, own in enumerate(asked.prompts)]
+        with adapted(base, asked.choices, prompts, tell, lent=lent, strict=config.strict, fast=config.fast) as (
             adapters,
             names,
         ):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
             tell_base(adapters, config.compose_file, tell)
-            beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
-            config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))
-            drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
+            starts = [_beside(asked.cell(one, names, adapters.pipe), blended) for one in asked.pictures]
+            written = [one.written for one in asked.pictures]
+            drawn = draw(adapters, blended, config, starts, written=written, tell=tell, stop=halt)
             if config.report is not None:
-                write(config.report, _report(adapters, blended, config, beside[0], drawn.effects, tell, stop or Never()))
+                write(config.report, _report(adapters, blended, config, starts, drawn.effects, tell, halt))
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return drawn
 
 
+def _asked(config: BlendConfig, pipe: Pipeline | None, tell: Observer) -> tuple[BlendConfig, Order, tuple[Choice, ...]]:
+    """What is drawn, with what adapters for few steps need; and the adapters of the sheet. Raises UserError for only one."""
+    given = config.choices()
+    with retrieval(config, pipe, given, tell, used=config.auto is not None) as library:
+        asked, choices = order_of_sheet(config, given, library)
+        taken = for_few_steps(config, asked.choices, tell)
+        if taken is not config:
+            config = taken
+            asked, choices = order_of_sheet(config, given, library)
+    if len(choices) < 2:
+        there = f"{choices[0].path} alone" if choices else "none"
+        raise UserError(
+            f"a blend needs two adapters, and with those of the library there is {there}; name more with --adapter"
+        )
+    config.check_columns(len(choices))
+    return config, asked, choices
+
+
+def _beside(cell: Cell, blended: Iterable[str]) -> Cell:
+    """A picture with the strengths of those adapters alone that are the same in all columns."""
+    return replace(cell, strengths={name: one for name, one in (cell.strengths or {}).items() if name not in blended})
+
+
 def _report(
     adapters: Adapters,
     choices: Mapping[str, Choice],
     config: BlendConfig,
-    beside: Mapping[str, float | ByPart],
+    starts: Sequence[Cell],
     effects: Mapping[str, float],
     tell: Observer,
     stop: Stop,
 ) -> BlendReport:
     """What the adapters of a sheet change and share, on its prompts with each one's trigger. Tells the best mix."""
     amounts = {name: choice.amount for name, choice in choices.items()}
-    own = overlap_drawing.own_prompts(adapters, list(choices), config.prompts)
+    own = overlap_drawing.own_prompts(adapters, list(choices), [start.prompt for start in starts])
     seen = overlap_drawing.drawn(
-        adapters, own, config.seed, config, stop, amounts=amounts, beside=beside, effects=effects or None
+        adapters, own, config.seed, config, stop, amounts=amounts, beside=starts[0].strengths, effects=effects or None
     )
     found = seen.suggestion
     if found.excess_whole:
@@ -122,8 +145,9 @@ def draw(
     adapters: Adapters,
     choices: dict[str, Choice],
     config: BlendConfig,
-    beside: Sequence[Mapping[str, float | ByPart]] = (),
+    starts: Sequence[Cell] = (),
     *,
+    written: Sequence[str] = (),
     tell: Observer = Observers(),  # noqa: B008 -- has no state
     stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> Blend:
@@ -133,7 +157,9 @@ def draw(
         adapters: The adapters of the pipeline that draws.
         choices: Those that are blended, by name.
         config: What is drawn, and how.
-        beside: For each prompt, how much of other adapters is in each of its pictures.
+        starts: The picture of each row, with its regions and how much of other adapters is in it; none for the prompts of
+            ``config`` alone.
+        written: The prompts of the rows as they were written; none where they are drawn so.
         tell: Is told how far it is.
         stop: Where it is set, nothing is drawn after the present batch.
 
@@ -145,10 +171,10 @@ def draw(
         Interrupted: It was stopped.
     """
     mixes = shares(len(choices), config.columns)
-    rows = list(zip(config.prompts, beside or [{}] * len(config.prompts), strict=True))
+    starts = starts or [Cell(prompt, config.seed, {}) for prompt in config.prompts]
+    prompts = [start.prompt for start in starts]
     parts, effects = mixes, {}
     if not config.plain and any(0 < share < 1 for mix in mixes for share in mix):
-        starts = [Cell(prompt, config.seed, more) for prompt, more in rows]
         amounts, between = {name: choice.amount for name, choice in choices.items()}, list(pairwise(choices))
         found = calibrated(adapters, amounts, starts, config, stop, rows=between)
         _tell_effects(found, tell)
@@ -160,21 +186,29 @@ def draw(
         {name: choice.scaled(part).amount for part, (name, choice) in zip(mix, choices.items(), strict=True) if part}
         for mix in parts
     ]
-    cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
-    told = cell_recipes(adapters, cells, config)
+    cells = [_mixed(start, mix) for start in starts for mix in columns]
+    told = cell_recipes(adapters, cells, config, written=[text for text in written or prompts for _ in columns])
     recipes.check_sheet(config.output, [told])
     spare(adapters, config)
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     pictures = sheet.in_rows(images, len(columns))
     names = _distinct([choice.path for choice in choices.values()])
     labels = [_label(mix, list(choices.values()), names) for mix in mixes]
-    sheet.tell_missing([*config.prompts, *labels], tell)
+    sheet.tell_missing([*prompts, *labels], tell)
     return Blend(
-        sheet=sheet.grid(pictures, config.prompts, labels),
+        sheet=sheet.grid(pictures, prompts, labels),
         pictures=pictures,
         recipes=sheet.in_rows(told, len(columns)),
         effects=effects,
     )
+
+
+def _mixed(start: Cell, mix: Mapping[str, float | ByPart]) -> Cell:
+    """The picture of a row at a mix. What only its regions have there is 0 outside of them."""
+    strengths = {**mix, **(start.strengths or {})}
+    for name in (name for part in (start.division.parts if start.division else ()) for name in part.strengths):
+        strengths.setdefault(name, 0.0)
+    return replace(start, strengths=strengths)
 
 
 def _tell_effects(found: Calibration, tell: Observer) -> None:

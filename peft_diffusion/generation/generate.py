@@ -35,7 +35,7 @@ from .adapters import Adapters
 from .asked import Asked, Order, order
 from .automatic_regions import located
 from .batching import grouped
-from .calibration import calibrated, times
+from .calibration import calibrated
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
@@ -45,7 +45,6 @@ from .learned import tell_base
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
-from .regions import Area, Division, DrawnRegion, parse_area
 from .retrieval import retrieval
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
@@ -126,7 +125,7 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        with retrieval(config, pipe, choices, tell) as library:
+        with retrieval(config, pipe, choices, tell, used=config.auto is not None) as library:
             asked = order(config, choices, literal=again is not None, retrieval=library)
             if expected is not None:
                 asked = replace(asked, divided=expected.divided)
@@ -424,33 +423,12 @@ def _job(
     stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> _Job:
     config = group[0].config
-    areas = [Area.of(region) for region in config.region]
-    cells = []
-    for one in group:
-        strengths = asked.strengths(one, names, adapters.pipe)
-        scaled = {name: times(amount, factors.get(name, 1.0)) for name, amount in strengths.items()}
-        parts = [
-            DrawnRegion(area, prompt, {name: times(amount, factors.get(name, 1.0)) for name, amount in own.items()})
-            for area, (prompt, own) in zip(areas, asked.parts(one, names, adapters.pipe), strict=True)
-        ]
-        parts = parts or _parts_again(asked, names)
-        division = Division(tuple(parts), config.region_feather, config.region_isolation) if parts else None
-        cells.append(Cell(one.prompt, one.seed, scaled, one.negative, division))
+    cells = [asked.cell(one, names, adapters.pipe, factors) for one in group]
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
     if config.regions == "auto" and not asked.divided:
         cells = located(adapters, cells, config, source, tell, stop)
-    told = cell_recipes(adapters, cells, config, source)
-    written = [one.written if one.written != one.prompt else None for one in group]
-    return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
-
-
-def _parts_again(asked: Order, names: Sequence[str]) -> list[DrawnRegion]:
-    """The regions of a recipe. Raises UserError for one that cannot be read."""
-    found = []
-    for one in asked.divided:
-        amounts = {names[number]: amount for number, amount in one.amounts().items() if number < len(names)}
-        found.append(DrawnRegion(parse_area(one.area), one.prompt, amounts))
-    return found
+    told = cell_recipes(adapters, cells, config, source, written=[one.written for one in group])
+    return _Job(cells, config, source, told)
 
 
 def _check_base(config: GenerateConfig, again: Path, expected: Recipe, recipe: Recipe) -> None:
@@ -488,7 +466,12 @@ def _written(
 
 
 def cell_recipes(
-    adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, source: Source | None = None
+    adapters: Adapters,
+    cells: Sequence[Cell],
+    sampling: Sampling,
+    source: Source | None = None,
+    *,
+    written: Sequence[str] | None = None,
 ) -> list[Recipe]:
     """Tell in full what each picture is made from, also adapters of strength 0, whose words the prompts are read with.
 
@@ -497,6 +480,7 @@ def cell_recipes(
         cells: The pictures.
         sampling: How they are drawn.
         source: What they start from.
+        written: Their prompts as they were written; None where they are drawn so.
 
     Returns:
         One recipe a picture.
@@ -538,12 +522,14 @@ def cell_recipes(
     of_regions = {"divided": (), "region_feather": None, "region_isolation": None}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_regions, of_a_picture)
-    return [replace(common, **_own(adapters, cell, sampling)) for cell in cells]
+    texts = [cell.prompt for cell in cells] if written is None else written
+    return [replace(common, **_own(adapters, cell, text, sampling)) for cell, text in zip(cells, texts, strict=True)]
 
 
-def _own(adapters: Adapters, cell: Cell, sampling: Sampling) -> dict[str, Any]:
+def _own(adapters: Adapters, cell: Cell, written: str, sampling: Sampling) -> dict[str, Any]:
     """What a recipe has that other pictures of a call do not share."""
     found: dict[str, Any] = {"prompt": cell.prompt, "negative": cell.against(sampling), "seed": cell.seed}
+    found["written"] = written if written != cell.prompt else None
     strengths, division = cell.strengths or {}, cell.division
     found |= {"adapters": _used(adapters, strengths), "plugins": _plugins(adapters, strengths)}
     if division is not None:

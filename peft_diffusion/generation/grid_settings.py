@@ -2,18 +2,18 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError, did_you_mean
 from ..core.other_names import known_here_as
-from ..core.settings import PARAMETERS, Flag, OnePath, explained, setting, settings_class, settings_of
+from ..core.settings import COUNT, PARAMETERS, Flag, OnePath, as_in, explained, setting, settings_class, settings_of
 from ..data.prompts import refuse_files
 from . import amounts
 from .recipe import check_target
-from .settings import SEEDS, Choice, GenerateConfig, Sampling, settle_format
+from .settings import SEEDS, Choice, DrawingConfig, GenerateConfig, RegionsFrom, settle_format
 
 _REPLACE = "replace"
 _NONE = "none"
@@ -21,7 +21,7 @@ _GRID = Path("grid.png")
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
              "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
              "hires_upscaler", "hires_strength", "hires_steps", "tile",
-             "control_scale", "compose")  # fmt: skip
+             "control_scale", "compose", "auto", "regions", "region_feather", "region_isolation")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt. Numbers also as A1111 has them: 1-5, 1-10 (+3), 0-1 [5]."
@@ -76,7 +76,7 @@ class Row:
 
 @explained
 @settings_class(kw_only=True)
-class GridConfig(Sampling):
+class GridConfig(DrawingConfig):
     """The sheet that ``grid`` draws: columns over one setting, rows over up to two more and over prompts."""
 
     x: str = setting("seed=0,1,2", f"Columns, as {_AXIS}", PARAMETERS)
@@ -89,15 +89,19 @@ class GridConfig(Sampling):
         flag=Flag(aliases=("-o",)),
     )
     seed: int = setting(0, "The noise that pictures start from.", PARAMETERS, SEEDS)
+    auto: int | None = setting(
+        None,
+        "Choose up to so many adapters of the library for the prompt of each picture, as generate does for a call of its "
+        "own: all that share a prompt have the same, and where replace= changes it others may be chosen. Which, and why, is "
+        "told.",
+        PARAMETERS,
+        COUNT,
+    )
+    regions: RegionsFrom = as_in(GenerateConfig, "regions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settle_format(self, _GRID)
-
-    def plain(self) -> GenerateConfig:
-        """What all pictures share."""
-        names = {one.name for one in fields(self)}
-        return GenerateConfig(**{one.name: getattr(self, one.name) for one in fields(GenerateConfig) if one.name in names})
 
     def _axis(self, text: str) -> Axis:
         return _axis(text, [choice.name for choice in self.choices()])
@@ -140,9 +144,8 @@ class GridConfig(Sampling):
             UserError: A value, an adapter or a file cannot be used.
         """
         refuse_files(self.prompts)
-        self.controls()
         check_target(self.output)
-        self.rows(self.plain())
+        self.check_drawn([one.config for row in self.rows(self.of_generate()) for one in row.cells])
 
 
 def _axis(text: str, adapters: Sequence[str]) -> Axis:
@@ -202,11 +205,12 @@ def _changed(one: Cellwise, place: Sequence[tuple[Axis, str]]) -> Cellwise:
 
 
 def _reworded(config: GenerateConfig, word: str, other: str) -> GenerateConfig:
-    texts = (*config.prompts, config.negative)
-    if not any(word in text for text in texts):
+    parts = [one.prompt for one in config.region if one.prompt is not None]
+    if not any(word in text for text in (*config.prompts, config.negative, *parts)):
         raise UserError(f"no prompt holds {word!r}, which is to be replaced")
     prompts = tuple(prompt.replace(word, other) for prompt in config.prompts)
-    return replace(config, prompts=prompts, negative=config.negative.replace(word, other))
+    region = [one if one.prompt is None else replace(one, prompt=one.prompt.replace(word, other)) for one in config.region]
+    return replace(config, prompts=prompts, negative=config.negative.replace(word, other), region=region)
 
 
 def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:

@@ -2,9 +2,10 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,11 +45,12 @@ class Area:
     mask: Image.Image | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, region: Region) -> "Area":
+    def of(cls, region: Region, read: Callable[[Path, str], Image.Image] = opened) -> "Area":
         """Read the pictures of a region.
 
         Args:
             region: What was said of it.
+            read: Opens a picture of a region, with the CSS colour of what is transparent.
 
         Returns:
             Where it is.
@@ -57,10 +59,10 @@ class Area:
             UserError: A picture cannot be read, or has no such colour.
         """
         if region.mask is not None:
-            return cls(None, opened(region.mask, "black").convert("L"))
+            return cls(None, read(region.mask, "black").convert("L"))
         if region.painted is None:
             return cls(tuple(region.box))
-        pixels = np.asarray(opened(region.painted).convert("RGB"), dtype=np.float32)
+        pixels = np.asarray(read(region.painted, "white").convert("RGB"), dtype=np.float32)
         wanted = np.array([int(region.color[start : start + 2], 16) for start in (1, 3, 5)], dtype=np.float32)
         found = np.sqrt(((pixels - wanted) ** 2).sum(-1)) < _LIKE
         if not found.any():

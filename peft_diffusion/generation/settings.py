@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import MutableMapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -545,6 +545,72 @@ class Sampling(NamesAdapters):
         return _GUIDANCE if self.guidance is None else self.guidance
 
 
+@settings_class(kw_only=True)
+class DrawingConfig(Sampling):
+    """What every command that draws from prompts can be told: adapters of a library, and regions."""
+
+    auto: int | None = setting(
+        None,
+        "Choose up to so many adapters of the library for each prompt, with a strength of 0.4 to 1 by how much the prompt "
+        "asks for them, and put in front of it the triggers that it lacks. Which, and why, is told. None is chosen where "
+        "none has to do with the prompt.",
+        PARAMETERS,
+        COUNT,
+    )
+    library: OptionalPath = setting(None, LIBRARY_HELP, PARAMETERS)
+    region: Regions = setting(
+        (),
+        "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
+        "portrait of mira'\", with mask=FILE, or painted=FILE color=#ff0000, in place of a box; or [[region]] in TOML. "
+        "Give it again for more; see help(pd.Region) for the names.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    region_feather: float = setting(
+        FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
+    )
+    region_isolation: float = setting(
+        ISOLATION,
+        "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
+        "lets less of one into another, and leaves more of a seam between them.",
+        PARAMETERS,
+        WHOLE_SHARE,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.region:
+            check_compose(self.composition)
+
+    def check_drawn(self, pictures: "Sequence[GenerateConfig]") -> None:
+        """Find out of controls, regions and the library what can be told without the base.
+
+        Args:
+            pictures: How all pictures are drawn.
+
+        Raises:
+            UserError: A file cannot be read, or something is said that no picture has.
+        """
+        self.controls()
+        for region in self.region:
+            region.check()
+        of_regions = any((one.region_feather, one.region_isolation) != (FEATHER, ISOLATION) for one in pictures)
+        if of_regions and not any(one.is_divided for one in pictures):
+            raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
+        retrieves = any(one.auto is not None for one in pictures)
+        if self.library is not None and not retrieves:
+            raise UserError("--library is where --auto finds adapters; give that too, as in --auto 2")
+        if retrieves:
+            from ..library import Library  # which brings numpy
+
+            Library(self.library, make=False).close()
+
+    def of_generate(self) -> "GenerateConfig":
+        """Say how pictures are drawn as ``generate`` is told it, without what is of this command alone."""
+        known = {one.name for one in fields(self)}
+        return GenerateConfig(**{one.name: getattr(self, one.name) for one in fields(GenerateConfig) if one.name in known})
+
+
 class WritesFile(Protocol):
     """Settings of a command that writes one picture."""
 
@@ -558,7 +624,7 @@ class WritesFile(Protocol):
 
 @explained
 @settings_class(kw_only=True)
-class GenerateConfig(Sampling):
+class GenerateConfig(DrawingConfig):
     """Which pictures ``generate`` makes: every prompt with every seed."""
 
     output: OnePath = setting(
@@ -590,39 +656,12 @@ class GenerateConfig(Sampling):
         "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
         PARAMETERS,
     )
-    auto: int | None = setting(
-        None,
-        "Choose up to so many adapters of the library for each prompt, with a strength of 0.4 to 1 by how much the prompt "
-        "asks for them, and put in front of it the triggers that it lacks. Which, and why, is told. None is chosen where "
-        "none has to do with the prompt.",
-        PARAMETERS,
-        COUNT,
-    )
-    library: OptionalPath = setting(None, LIBRARY_HELP, PARAMETERS)
-    region: Regions = setting(
-        (),
-        "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
-        "portrait of mira'\", with mask=FILE, or painted=FILE color=#ff0000, in place of a box; or [[region]] in TOML. "
-        "Give it again for more; see help(pd.Region) for the names.",
-        PARAMETERS,
-        flag=Flag(default_shown=False),
-    )
     regions: RegionsFrom = setting(
         "given",
         "Where regions are: where each --region says (given), or where pictures are seen to read the triggers of adapters "
         "(auto): each --adapter whose trigger is in the prompt then acts there alone. A first pass over the noisiest half "
         "of the steps finds that out.",
         PARAMETERS,
-    )
-    region_feather: float = setting(
-        FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
-    )
-    region_isolation: float = setting(
-        ISOLATION,
-        "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
-        "lets less of one into another, and leaves more of a seam between them.",
-        PARAMETERS,
-        WHOLE_SHARE,
     )
     recipe: OptionalPath = setting(
         None,
@@ -662,14 +701,12 @@ class GenerateConfig(Sampling):
             raise UserError("a recipe holds the strengths as they were scaled; leave --calibrate away")
         if self.recipe is not None and self.auto is not None:
             raise UserError("a recipe holds the adapters that were chosen; leave --auto away")
-        if self.library is not None and self.auto is None:
-            raise UserError("--library is where --auto finds adapters; give that too, as in --auto 2")
         if self.recipe is None:
             if self.prompts_file is None:
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
-        if self.region or self.regions == "auto":
+        if self.regions == "auto":
             check_compose(self.composition)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
@@ -708,16 +745,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
-        if self.auto is not None:
-            from ..library import Library  # which brings numpy
-
-            Library(self.library, make=False).close()
-        self.controls()
-        for region in self.region:
-            region.check()
-        divided = bool(self.region) or self.regions == "auto" or self.recipe is not None
-        if not divided and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
-            raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
+        self.check_drawn([self])
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -732,6 +760,11 @@ class GenerateConfig(Sampling):
         check_folder(self.output.parent if self.to_file else self.output)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether pictures have regions, or may have those of a recipe."""
+        return bool(self.region) or self.regions == "auto" or self.recipe is not None
+
+    @property
     def to_file(self) -> bool:
         """Whether ``output`` is meant as a file, not as a folder."""
         return self.output.suffix.lower() in _PICTURES and not self.output.is_dir()
@@ -743,7 +776,7 @@ class GenerateConfig(Sampling):
 
 @explained
 @settings_class(kw_only=True)
-class BlendConfig(Sampling):
+class BlendConfig(DrawingConfig):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
     output: OnePath = setting(
@@ -765,6 +798,14 @@ class BlendConfig(Sampling):
         PARAMETERS,
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
+    auto: int | None = setting(
+        None,
+        "Choose up to so many adapters of the library for the sheet, beside those given, the ones that its prompts ask for "
+        "most; all rows have them, each at a strength of 0.4 to 1 by how much it is asked for, and every prompt gets the "
+        "triggers that it lacks. Which, and why, is told.",
+        PARAMETERS,
+        COUNT,
+    )
     report: OptionalPath = setting(
         None,
         "Also write what adapters change and share, layer by layer, into this file: .json, or .png, .svg or .pdf for heat "
@@ -778,12 +819,26 @@ class BlendConfig(Sampling):
         _check_prompts(self.prompts)
         check_text(self.negative)
         settle_format(self, _BLEND)
-        if len(self.adapter) < 2:
-            raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
-        if self.columns < len(self.adapter):
-            raise UserError(f"--columns must be {len(self.adapter)} or more, one for each adapter, not {self.columns}")
+        if len(self.adapter) + (self.auto or 0) < 2:
+            more = "; --auto 2 chooses two" if self.auto else ""
+            raise UserError(f"a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors{more}")
+        self.check_columns(len(self.adapter))
         if self.report is not None and self.report.suffix.lower() not in _REPORTS:
             raise UserError(f"--report {self.report}: a report is a file that ends in {', '.join(_REPORTS)}")
+        if self.report is not None and self.region:
+            raise UserError("--report measures adapters on whole pictures; leave it or --region away")
+
+    def check_columns(self, adapters: int) -> None:
+        """See that each adapter has a column.
+
+        Args:
+            adapters: How many there are.
+
+        Raises:
+            UserError: There are fewer columns.
+        """
+        if self.columns < adapters:
+            raise UserError(f"--columns must be {adapters} or more, one for each adapter, not {self.columns}")
 
     def check(self) -> None:
         """Find out what can be told without the base.
@@ -795,7 +850,7 @@ class BlendConfig(Sampling):
             raise UserError(
                 f"a blend mixes the adapters that are given; give all those of {self.compose_file} with --adapter"
             )
-        self.controls()
+        self.check_drawn([self.of_generate()])
         refuse_files(self.prompts)
         check_target(self.output)
         if self.report is not None:

@@ -1,5 +1,6 @@
 """Adapters that a prompt names: ``<lora:name:0.8>``, ``<lora:name:te:unet>`` and ``<lyco:...>``, as A1111 reads them."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,18 +88,33 @@ class Shelf:
     Attributes:
         given: Those that were named as files.
         folder: The folder; None for none.
-        chosen: Those that a library chose, by the paths of their files.
+        chosen: Those that a library chose, which are found by the paths of their files.
     """
 
     given: tuple[Choice, ...] = ()
     folder: Path | None = None
-    chosen: dict[str, Choice] = field(default_factory=dict, compare=False)
+    chosen: tuple[Choice, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         folder = None if self.folder is None else at_home(self.folder)
         if folder is not None and not folder.is_dir():
             raise UserError(f"there is no folder of adapters {folder}")
         object.__setattr__(self, "folder", folder)
+
+    def holding(self, given: Iterable[Choice] = (), chosen: Iterable[Choice] = ()) -> "Shelf":
+        """Put further adapters on the shelf.
+
+        Args:
+            given: Those that were named as files.
+            chosen: Those that a library chose.
+
+        Returns:
+            Another shelf, which knows what this one has found in the folder.
+        """
+        made = copy.copy(self)
+        object.__setattr__(made, "given", (*self.given, *given))
+        object.__setattr__(made, "chosen", (*self.chosen, *chosen))
+        return made
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -137,8 +153,9 @@ class Shelf:
         Raises:
             UserError: There is none, or more than one; tells the nearest name.
         """
-        if name in self.chosen:
-            return self.chosen[name]
+        chosen = next((one for one in self.chosen if str(one.path) == name), None)
+        if chosen is not None:
+            return chosen
         wanted = name.casefold().removesuffix(".safetensors")
         given = [choice for choice in self.given if choice.name.casefold() == wanted]
         if given:

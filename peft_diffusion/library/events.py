@@ -79,10 +79,11 @@ class Chosen(Noted):
         message: All that follows in words.
         written: The prompt as it was written.
         prompt: As it is drawn, with the triggers that were added.
-        found: The adapters, the best first.
+        found: The adapters that it asks for, the best first.
         added: The triggers that were added.
         others: How many were left out because they do not fit the base.
         notes: What was left out otherwise, and why.
+        beside: Those that another prompt asks for more, where several have the same adapters.
     """
 
     message: str = field(init=False)
@@ -92,13 +93,22 @@ class Chosen(Noted):
     added: tuple[str, ...]
     others: int
     notes: tuple[str, ...]
+    beside: tuple[Found, ...] = ()
+
+    @property
+    def every(self) -> tuple[Found, ...]:
+        """All adapters that it is drawn with, the best first."""
+        return tuple(sorted((*self.found, *self.beside), key=lambda one: -one.score))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", "\n".join(self._said()))
 
     def _said(self) -> list[str]:
         lines = [f'for "{self.written}" {one.strength:g} of {one.line()}' for one in self.found]
-        if not self.found:
+        if self.beside:
+            names = ", ".join(one.entry.name for one in self.beside)
+            lines.append(f'for "{self.written}" too: {names}, which another prompt asks for more')
+        if not self.every:
             lines.append(f'for "{self.written}" no adapter of the library is meant')
         if self.others:
             lines.append(others_told(self.others))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from ..bases.embedded import ICONS
 from ..core.errors import UserError, did_you_mean
@@ -188,28 +188,83 @@ class Library:
         Raises:
             UserError: As `search`.
         """
+        (made,) = self.choose_together([prompt], count, base=base, without=without, observers=observers)
+        return made
+
+    def choose_together(
+        self,
+        prompts: Sequence[str],
+        count: int,
+        *,
+        base: str | Wanted | None = None,
+        without: Collection[Path] = (),
+        observers: Sequence[Observer] = (),
+    ) -> tuple[Chosen, ...]:
+        """Choose the same adapters for several prompts, those that any of them asks for most.
+
+        Args:
+            prompts: The prompts.
+            count: How many for all together at most.
+            base: As for `search`.
+            without: Files that are not chosen, as they are used already.
+            observers: Are told what was chosen.
+
+        Returns:
+            For each prompt the adapters that it asks for most, those that others do, and the prompt to draw, which gets the
+            triggers of all.
+
+        Raises:
+            UserError: As `search`.
+        """
         tell = Observers(observers)
         wanted = named(base) if isinstance(base, str) else base
-        ranking = self._ranked(prompt, wanted, False, tell)
         taken = {path.resolve() for path in without}
-        found: list[Found] = []
-        notes: list[str] = []
+        each = [self._asked_for(prompt, count, wanted, taken, tell) for prompt in prompts]
+        best: dict[Path, tuple[Found, int]] = {}
+        for number, asked in enumerate(each):
+            for one in asked.found:
+                if one.entry.path not in best or one.score > best[one.entry.path][0].score:
+                    best[one.entry.path] = one, number
+        together: list[Found] = []
+        whose: list[int] = []
+        for one, number in sorted(best.values(), key=lambda pair: -pair[0].score):
+            why = _unusable(one, together)
+            if not why and len(together) == count:
+                why = f"{one.entry.path} ({one.score:.2f}) is not taken: others are asked for more, and {count} are chosen"
+            if why:
+                each[number].notes.append(why)
+            else:
+                together.append(one)
+                whose.append(number)
+        made = []
+        for number, (prompt, asked) in enumerate(zip(prompts, each, strict=True)):
+            drawn, added = with_triggers(prompt, together, asked.notes)
+            mine = [of == number for of in whose]
+            own = tuple(one for one, is_mine in zip(together, mine, strict=True) if is_mine)
+            beside = tuple(one for one, is_mine in zip(together, mine, strict=True) if not is_mine)
+            made.append(Chosen(prompt, drawn, own, tuple(added), asked.others, tuple(asked.notes), beside))
+            tell(made[-1])
+        return tuple(made)
+
+    def _asked_for(
+        self, prompt: str, count: int, wanted: Wanted | None, taken: Collection[Path], tell: Observer
+    ) -> "_AskedFor":
+        """The adapters that one prompt asks for and that can be used."""
+        ranking = self._ranked(prompt, wanted, False, tell)
+        made = _AskedFor([], [], ranking.others)
         for place in ranking.best(count + _MORE, LEAST):
             (one,) = ranking.found([place], self._store)
             if one.entry.path.resolve() in taken:
                 continue
-            if found and one.score < _BESIDE * found[0].score:
+            if made.found and one.score < _BESIDE * made.found[0].score:
                 break
-            why = _unusable(one, found)
+            why = _unusable(one, made.found)
             if why:
-                notes.append(why)
+                made.notes.append(why)
             else:
-                found.append(one)
-            if len(found) == count:
+                made.found.append(one)
+            if len(made.found) == count:
                 break
-        drawn, added = with_triggers(prompt, found, notes)
-        made = Chosen(prompt, drawn, tuple(found), tuple(added), ranking.others, tuple(notes))
-        tell(made)
         return made
 
     def entries(self) -> list[Listed]:
@@ -292,6 +347,14 @@ class Library:
 _ANY = 0.03  # the least score of what a search shows: a word in one of many captions has a little more
 _BESIDE = 0.35  # share of the best one's score that others have at least to be drawn with beside it
 _MORE = 32  # further ones that are looked at in place of those that cannot be used
+
+
+class _AskedFor(NamedTuple):
+    """The adapters that a prompt asks for, the best first; what is to be told; how many do not fit the base."""
+
+    found: list[Found]
+    notes: list[str]
+    others: int
 
 
 class _Taken:

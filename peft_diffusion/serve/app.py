@@ -14,7 +14,7 @@ from ..core.parsing import json_value
 from ..formats.container import is_pickle, read_header, title
 from ..generation import hires
 from . import drawing, names, pictures
-from .bodies import Drawing, ImageToImage, PngInfo, TextToImage
+from .bodies import OWN, Drawing, ImageToImage, PngInfo, TextToImage
 from .engine import Engine, memory
 from .guard import Guard, error_body
 from .settings import ServeConfig
@@ -22,10 +22,10 @@ from .worker import FullError, Job
 
 T = TypeVar("T")
 _ROOT = "/sdapi/v1"
-# What clients ask for and is not there.
-_EMPTY: dict[str, Any] = {
+# What clients ask for and is the same at all times, most of it because it is not there.
+_FIXED: dict[str, Any] = {
     "sd-vae": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "prompt-styles": [],
-    "extensions": [], "script-info": [], "scripts": {"txt2img": [], "img2img": []},
+    "extensions": [], "script-info": [], "scripts": {"txt2img": [OWN], "img2img": [OWN]},
 }  # fmt: skip
 
 
@@ -92,10 +92,7 @@ def _drawing(app: FastAPI, config: ServeConfig, engine: Engine) -> None:
         result = await _done(engine, request, job, kept=body.save_images)
         shown = result.drawn if body.send_images else []
         images = await asyncio.to_thread(lambda: [pictures.encoded(*one, form) for one in shown])
-        told = body.model_dump()
-        if isinstance(body, ImageToImage) and not body.include_init_images:
-            told |= {"init_images": None, "mask": None}
-        return {"images": images, "parameters": told, "info": drawing.info_of(body, result, job.timestamp)}
+        return {"images": images, "parameters": body.repeated(), "info": drawing.info_of(body, result, job.timestamp)}
 
     @app.post(f"{_ROOT}/txt2img")
     async def txt2img(request: Request, body: TextToImage) -> dict[str, Any]:
@@ -210,7 +207,7 @@ def _lists(app: FastAPI, config: ServeConfig, engine: Engine) -> None:
     async def tell_memory() -> dict[str, Any]:
         return memory()
 
-    for name, value in _EMPTY.items():
+    for name, value in _FIXED.items():
         app.add_api_route(f"{_ROOT}/{name}", _always(value), methods=["GET"], name=name)
 
 

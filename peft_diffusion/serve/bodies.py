@@ -1,10 +1,88 @@
 """The bodies of requests, by the names of A1111 (its modules/api/models.py). Imports pydantic."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import UserError
+from ..generation.region_settings import FEATHER, ISOLATION
+
+OWN = "peft_diffusion"
+"""The script of ``alwayson_scripts`` that says what A1111 has no name for."""
+_MOST_REGIONS = 16
+
+
+class RegionBody(BaseModel):
+    """A part of the picture with a prompt of its own, by the names of `pd.Region`.
+
+    Attributes:
+        model_config: Nothing else may be said, and numbers are finite.
+        box: Left, top, right and lower edge, from 0 to 1 in shares of the picture's sides, or in pixels.
+        mask: A picture in base64 that is white in the region.
+        painted: A picture in base64 in which regions are painted in colours.
+        color: The colour of the region in it, as #ff0000.
+        prompt: What the region shows, with adapters as <lora:NAME:0.8>; None for what the whole picture does.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    box: list[float] | None = Field(default=None, min_length=4, max_length=4)
+    mask: str | None = None
+    painted: str | None = None
+    color: str = ""
+    prompt: str | None = None
+
+
+class Extras(BaseModel):
+    """What ``generate`` knows and A1111 does not, by the names of its settings.
+
+    Attributes:
+        model_config: Nothing else may be said, and numbers are finite.
+        auto: Choose up to so many adapters of the server's library for each prompt; None for none.
+        region: The regions of the picture.
+        regions: Where they are: as each says, or where triggers are read.
+        region_feather: How wide their edges are, as a share of the shorter side.
+        region_isolation: The share of the noise levels at which they do not attend to each other.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    auto: int | None = Field(default=None, ge=1)
+    region: list[RegionBody] = Field(default=[], max_length=_MOST_REGIONS)
+    regions: Literal["given", "auto"] = "given"
+    region_feather: float = Field(default=FEATHER, ge=0, le=1)
+    region_isolation: float = Field(default=ISOLATION, ge=0, le=1)
+
+
+class OwnScript(BaseModel):
+    """Our script, told as A1111's are.
+
+    Attributes:
+        model_config: Nothing else may be said.
+        args: What it is told, once.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    args: list[Extras] = Field(default=[], max_length=1)
+
+
+class Scripts(BaseModel):
+    """The scripts of ``alwayson_scripts``, those of others as they are.
+
+    Attributes:
+        model_config: Others are kept.
+        peft_diffusion: Our own.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_diffusion: OwnScript | None = None
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Those of others, by name."""
+        return self.model_extra or {}
 
 
 class Drawing(BaseModel):
@@ -50,7 +128,7 @@ class Drawing(BaseModel):
     refiner_switch_at: float | None = None
     script_name: str | None = None
     script_args: list[Any] | None = None
-    alwayson_scripts: dict[str, Any] | None = None
+    alwayson_scripts: Scripts | None = None
     send_images: bool = True
     save_images: bool = False
     force_task_id: str | None = None
@@ -71,6 +149,22 @@ class Drawing(BaseModel):
             "script_name": (None, "", "None"),
         }
 
+    @property
+    def own(self) -> Extras:
+        """What is said to us alone."""
+        script = None if self.alwayson_scripts is None else self.alwayson_scripts.peft_diffusion
+        return script.args[0] if script is not None and script.args else Extras()
+
+    def repeated(self) -> dict[str, Any]:
+        """All that was told, as the answer repeats it, without the pictures of regions."""
+        told = self.model_dump()
+        scripts = told["alwayson_scripts"]
+        if scripts is not None and scripts[OWN] is None:
+            del scripts[OWN]
+        for region in (one for args in (scripts or {}).get(OWN, {}).get("args", ()) for one in args["region"]):
+            region |= {"mask": None, "painted": None}
+        return told
+
     def refuse_others(self) -> None:
         """Refuse what would change the picture and is not done here.
 
@@ -81,7 +175,7 @@ class Drawing(BaseModel):
             value = getattr(self, name)
             if value not in values:
                 raise UserError(f"{name} {str(value)[:60]!r} is not done here; leave it away")
-        for name, told in (self.alwayson_scripts or {}).items():
+        for name, told in ({} if self.alwayson_scripts is None else self.alwayson_scripts.others).items():
             if not _is_off(told.get("args") if isinstance(told, dict) else told):
                 raise UserError(
                     f"the script {name[:60]!r} of alwayson_scripts is not done here; leave it away or turn it off"
@@ -149,6 +243,11 @@ class ImageToImage(Drawing):
     initial_noise_multiplier: float | None = None
     image_cfg_scale: float | None = None
     include_init_images: bool = False
+
+    def repeated(self) -> dict[str, Any]:
+        """All that was told, without pictures unless they are asked for."""
+        told = super().repeated()
+        return told if self.include_init_images else told | {"init_images": None, "mask": None}
 
     def neutral(self) -> dict[str, tuple[object, ...]]:
         """What is not done here."""

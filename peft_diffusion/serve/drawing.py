@@ -20,19 +20,24 @@ from ..core.errors import Interrupted, UserError
 from ..core.events import Event, Noted, Warned
 from ..data.wildcards import Wildcards
 from ..formats import Plan
-from ..generation.asked import Asked, Order, read_prompt
+from ..generation.asked import Asked, Order, gathered, picture, with_chosen
 from ..generation.distilled import for_few_steps
 from ..generation.generate import Part, Session, draw, draw_together
 from ..generation.joining import Ticket
 from ..generation.kept import Kept
 from ..generation.memory import spare
 from ..generation.recipe import Recipe, UsedPicture
+from ..generation.region_settings import Region
+from ..generation.regions import Area
+from ..generation.retrieval import Retrieval, wanted_by
 from ..generation.sampler import size
 from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_plans
 from ..generation.source import Source, begin
 from ..generation.tags import Shelf
+from ..library.events import Chosen
+from ..library.library import Library
 from . import inpainting, names, pictures
-from .bodies import Drawing, ImageToImage, TextToImage
+from .bodies import Drawing, ImageToImage, RegionBody, TextToImage
 from .settings import ServeConfig
 from .worker import Company, Job
 
@@ -86,6 +91,7 @@ class Files:
     """
 
     config: ServeConfig
+    _library: Library | None = None
     _shelf: Shelf | None = None
     _plans: dict[Key, Plan] = field(default_factory=dict)
 
@@ -102,6 +108,17 @@ class Files:
         if self._shelf is None or again or fresh.files != self._shelf.files:
             self._shelf = fresh
         return self._shelf
+
+    def library(self) -> Library:
+        """The library that adapters are chosen from. Raises UserError where there is none."""
+        if self._library is None:
+            self._library = Library(self.config.library, make=False)
+        return self._library
+
+    def close(self) -> None:
+        """Close the library, when nothing is drawn any more."""
+        if self._library is not None:
+            self._library.close()
 
     def words(self) -> Words:
         """The learned words."""
@@ -141,6 +158,7 @@ class Result:
         config: How they were drawn.
         clip_skip: Which layer of the text encoder was taken, counted from the last.
         notes: What the person should know.
+        chosen: The adapters that were chosen, for each prompt.
         held: The base.
     """
 
@@ -148,6 +166,7 @@ class Result:
     config: GenerateConfig
     clip_skip: int
     notes: list[str]
+    chosen: list[Chosen]
     held: Held
 
 
@@ -206,19 +225,8 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         UserError: They cannot be, or are beyond the limits.
     """
     body.refuse_others()
-    batch, rounds = (1 if one is None else one for one in (body.batch_size, body.n_iter))
-    prompt, negative = body.prompt or "", body.negative_prompt or ""
-    for name, value, most in (
-        ("prompt", len(prompt), _LONGEST),
-        ("negative_prompt", len(negative), _LONGEST),
-        ("steps", body.steps or 0, serving.max_steps),
-        ("batch_size", batch, serving.max_batch),
-        ("batch_size times n_iter", batch * rounds, serving.max_pictures),
-    ):
-        if value > most:
-            raise UserError(f"{name} is at most {most} here, not {value}")
-    if rounds < 1:
-        raise UserError(f"n_iter must be 1 or more, not {rounds}")
+    _check_limits(body, serving)
+    prompt, negative, own = body.prompt or "", body.negative_prompt or "", body.own
     guided = body.cfg_scale is None or body.cfg_scale > 1
     config = replace(
         serving.drawing(held.source),
@@ -229,9 +237,14 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         scheduler=names.with_eta(names.scheduler(body.sampler_name or body.sampler_index, body.scheduler), body.eta),
         width=body.width or None,
         height=body.height or None,
-        batch_size=batch,
+        batch_size=1 if body.batch_size is None else body.batch_size,
         clip_skip=clip_skip,
         tile="both" if body.tiling else None,
+        auto=own.auto,
+        region=[_region(one, number) for number, one in enumerate(own.region)],
+        regions=own.regions,
+        region_feather=own.region_feather,
+        region_isolation=own.region_isolation,
     )
     width, height = size(held.info, config)
     if isinstance(body, TextToImage) and body.enable_hr:
@@ -243,6 +256,67 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
             width, height = config.second_pass.size(width, height, held.info.step)
     _check_pixels(width, height, serving)
     return config
+
+
+def _check_limits(body: Drawing, serving: ServeConfig) -> None:
+    """Raise UserError for more than the server does."""
+    own, batch, rounds = body.own, *(1 if one is None else one for one in (body.batch_size, body.n_iter))
+    if own.auto is not None and not serving.max_auto:
+        raise UserError("auto chooses adapters of a library, which this server does not: start serve with --max-auto 2")
+    for name, value, most in (
+        ("prompt", len(body.prompt or ""), _LONGEST),
+        ("negative_prompt", len(body.negative_prompt or ""), _LONGEST),
+        *((f"the prompt of region {n}", len(one.prompt or ""), _LONGEST) for n, one in enumerate(own.region, 1)),
+        ("auto", own.auto or 0, serving.max_auto),
+        ("steps", body.steps or 0, serving.max_steps),
+        ("batch_size", batch, serving.max_batch),
+        ("batch_size times n_iter", batch * rounds, serving.max_pictures),
+    ):
+        if value > most:
+            raise UserError(f"{name} is at most {most} here, not {value}")
+    if rounds < 1:
+        raise UserError(f"n_iter must be 1 or more, not {rounds}")
+
+
+def _region(body: RegionBody, number: int) -> Region:
+    """A region by the settings of ``generate``; its pictures are named by where the request has them. Raises UserError."""
+    where = f"region[{number}]"
+    mask, painted = (f"{where}.{name}" if getattr(body, name) else None for name in ("mask", "painted"))
+    try:
+        return Region(box=body.box or (), mask=mask, painted=painted, color=body.color, prompt=body.prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def areas_of(body: Drawing, config: GenerateConfig, serving: ServeConfig) -> tuple[Area, ...]:
+    """Read where the regions of a request are.
+
+    Args:
+        body: The request.
+        config: How it is drawn.
+        serving: The settings of the server, with its limits.
+
+    Returns:
+        Where each is.
+
+    Raises:
+        UserError: A picture cannot be read, or the regions are of a picture of which a part is drawn.
+    """
+    if config.region and isinstance(body, ImageToImage) and body.mask and body.inpaint_full_res is not False:
+        raise UserError(
+            "regions are of the whole picture, and inpaint_full_res draws the part around the mask alone; send it as false,"
+            " or leave the regions away"
+        )
+    sent = {
+        f"region[{number}].{name}": getattr(one, name)
+        for number, one in enumerate(body.own.region)
+        for name in ("mask", "painted")
+    }
+
+    def read(path: Path, background: str) -> Image.Image:
+        return pictures.read(sent[str(path)], str(path), serving.max_given_pixels, background).image
+
+    return tuple(Area.of(one, read) for one in config.region)
 
 
 def _check_pixels(width: int, height: int, serving: ServeConfig) -> None:
@@ -264,7 +338,14 @@ def _with_hires(config: GenerateConfig, body: TextToImage, width: int, height: i
     )
 
 
-def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files: Files) -> Order:
+def order_of(
+    config: GenerateConfig,
+    seeds: Seeds,
+    numbers: Sequence[int],
+    files: Files,
+    retrieval: Retrieval | None = None,
+    areas: tuple[Area, ...] = (),
+) -> Order:
     """Read a request's prompt for some of its pictures.
 
     Args:
@@ -272,6 +353,8 @@ def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files
         seeds: Of all.
         numbers: Which of them.
         files: What prompts find.
+        retrieval: Chooses adapters for the prompt; None where none are chosen.
+        areas: Where its regions are.
 
     Returns:
         What is drawn.
@@ -279,20 +362,21 @@ def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files
     Raises:
         UserError: A prompt, a list or an adapter cannot be read.
     """
-    shelf, wildcards, row = files.shelf(), Wildcards(config.wildcards_dir), []
+    shelf, wildcards = files.shelf(), Wildcards(config.wildcards_dir)
     (written,) = config.prompts
+    row: list[Asked] = []
     for number in numbers:
         seed, subseed = seeds.of(number)
         one = replace(config, seed=seed)
         if seeds.share:
             one = replace(one, variation_seed=subseed, variation_strength=seeds.share)
-        read = read_prompt(written, seed, wildcards)
-        negative = wildcards.draw(config.negative, seed)
-        row.append(Asked(read.prompt, negative, seed, read.tags, written, replace(one, negative="")))
-    words = files.words().in_prompts(*(text for one in row for text in (one.prompt, one.negative)))
-    named = shelf.all_of(tag for one in row for tag in one.tags)
-    given = files.planned(words)
-    return Order((tuple(row),), (*given, *files.planned(named)), replace(shelf, given=given) if given else shelf)
+        row.append(picture(one, written, seed, wildcards))
+    if retrieval is not None:
+        (row,), shelf = with_chosen([row], retrieval, shelf)
+    words = files.words().in_prompts(*(text for one in row for text in one.texts))
+    chosen = {one.path.resolve() for one in shelf.chosen}
+    given = files.planned([one for one in words if one.path.resolve() not in chosen])
+    return gathered([row], shelf.holding(given=given), areas=areas, parsed=files.planned)
 
 
 class Beginning(NamedTuple):
@@ -377,22 +461,28 @@ class _Read:
     config: GenerateConfig
     seeds: Seeds
     notes: list[str]
+    areas: tuple[Area, ...]
+    retrieval: Retrieval | None = None
+    chosen: list[Chosen] = field(default_factory=list)
 
     def tell(self, event: Event) -> None:
         """Note what a person should know; an observer."""
+        if isinstance(event, Chosen):
+            self.chosen.append(event)
         if isinstance(event, (Warned, Noted)) and event.message not in self.notes:
             self.notes.append(event.message)
 
     def order(self, numbers: Sequence[int], files: Files) -> Order:
         """What is drawn for some of its pictures, by what their adapters need. Raises UserError as `order_of` does."""
-        asked = order_of(self.config, self.seeds, numbers, files)
+        asked = order_of(self.config, self.seeds, numbers, files, self.retrieval, self.areas)
         taken = for_few_steps(self.config, asked.choices, self.tell)
         if taken is not self.config:
-            self.config, asked = taken, order_of(taken, self.seeds, numbers, files)
+            self.config = taken
+            asked = order_of(taken, self.seeds, numbers, files, self.retrieval, self.areas)
         return asked
 
 
-def _read(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | None) -> _Read:
+def _read(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip: int | None) -> _Read:
     """Read a request. Raises UserError for one that cannot be drawn."""
     # As in A1111, where Stable Diffusion XL always reads the layer that it was trained with.
     fixed = denoiser_of(held.pipe).text.usual_clip_skip
@@ -406,7 +496,10 @@ def _read(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | None
     if body.negative_prompt and not config.negative:
         notes.append("the negative prompt has no effect at cfg_scale 1 or less")
     _check_seeds(seeds, config.batch_size * (1 if body.n_iter is None else body.n_iter))
-    return _Read(config, seeds, notes)
+    read = _Read(config, seeds, notes, areas_of(body, config, serving))
+    if config.auto is not None:
+        read.retrieval = Retrieval(files.library(), wanted_by(config, held.info), (), read.tell)
+    return read
 
 
 def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip: int | None, job: Job[Any]) -> Result:
@@ -426,7 +519,7 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
     Raises:
         UserError: The request cannot be drawn.
     """
-    read = _read(body, serving, held, clip_skip)
+    read = _read(body, serving, held, files, clip_skip)
     job.rounds = 1 if body.n_iter is None else body.n_iter
 
     def tell(event: Event) -> None:
@@ -451,7 +544,7 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
         except Interrupted:
             continue
     job.round = job.rounds
-    return Result(drawn, read.config, clip_skip or 1, read.notes, held)
+    return Result(drawn, read.config, clip_skip or 1, read.notes, read.chosen, held)
 
 
 class Asking(NamedTuple):
@@ -469,7 +562,8 @@ class Asking(NamedTuple):
 
 
 def can_share(body: Drawing) -> bool:
-    """Tell whether pictures of a request may be drawn with those of others: those from noise, in one batch.
+    """Tell whether pictures of a request may be drawn with those of others: those from noise, in one batch, whose regions
+    need not be found first.
 
     Args:
         body: The request.
@@ -477,11 +571,12 @@ def can_share(body: Drawing) -> bool:
     Returns:
         Whether they may.
     """
-    return isinstance(body, TextToImage) and body.n_iter in (None, 1)
+    return isinstance(body, TextToImage) and body.n_iter in (None, 1) and body.own.regions == "given"
 
 
 def can_join(body: Drawing) -> bool:
-    """Tell whether pictures of a request, which `can_share`, may join others at any of their steps: those of one pass.
+    """Tell whether pictures of a request, which `can_share`, may join others at any of their steps: those of one pass, and
+    without regions.
 
     Args:
         body: The request.
@@ -489,7 +584,7 @@ def can_join(body: Drawing) -> bool:
     Returns:
         Whether they may.
     """
-    return isinstance(body, TextToImage) and not body.enable_hr
+    return isinstance(body, TextToImage) and not body.enable_hr and not body.own.region
 
 
 def run_joining(
@@ -535,7 +630,7 @@ def run_joining(
                     continue
                 one.job.round = one.job.rounds
                 found = [Drawn(*picture) for picture in drawn]
-                yield one.job, Result(found, read.config, one.clip_skip or 1, read.notes, held)
+                yield one.job, Result(found, read.config, one.clip_skip or 1, read.notes, read.chosen, held)
             coming, wrong = ({}, False) if left_out else _parts(more(session.room), serving, held, files)
             left_out |= wrong
 
@@ -548,7 +643,7 @@ def _parts(
     for one in asking:
         one.job.rounds = 1
         try:
-            read = _read(one.body, serving, held, one.clip_skip)
+            read = _read(one.body, serving, held, files, one.clip_skip)
             found[Part(read.order(range(read.config.batch_size), files), read.config, read.tell)] = one, read
         except UserError:
             continue
@@ -579,7 +674,7 @@ def run_together(
     Raises:
         UserError: One of them cannot be drawn.
     """
-    read = [_read(one.body, serving, held, one.clip_skip) for one in asking]
+    read = [_read(one.body, serving, held, files, one.clip_skip) for one in asking]
     orders = [one.order(range(one.config.batch_size), files) for one in read]
     parts = [Part(order, one.config, one.tell) for one, order in zip(read, orders, strict=True)]
     company = Company([one.job for one in asking])
@@ -588,7 +683,7 @@ def run_together(
     def result(number: int) -> tuple[Job[Result], Result]:
         one, told = asking[number], read[number]
         one.job.round = one.job.rounds
-        return one.job, Result(found.get(number, []), told.config, one.clip_skip or 1, told.notes, held)
+        return one.job, Result(found.get(number, []), told.config, one.clip_skip or 1, told.notes, told.chosen, held)
 
     for one in asking:
         one.job.rounds = 1
@@ -613,8 +708,17 @@ def _check_seeds(seeds: Seeds, count: int) -> None:
         raise UserError(f"subseed_strength must be from 0 to 1, not {seeds.share:g}")
 
 
+def _told_of(chosen: Chosen) -> dict[str, Any]:
+    """What was chosen for a prompt, as JSON."""
+    found = [
+        {"name": one.entry.name, "strength": one.strength, "score": round(one.score, 4), "because": list(one.because)}
+        for one in chosen.found
+    ]
+    return {"prompt": chosen.written, "drawn": chosen.prompt, "added": list(chosen.added), "adapters": found}
+
+
 def info_of(body: Drawing, result: Result, timestamp: str) -> str:
-    """Tell of pictures in JSON as A1111's ``Processed.js`` does, with ``comments`` besides.
+    """Tell of pictures in JSON as A1111's ``Processed.js`` does, with ``comments`` besides, and what ``auto`` chose.
 
     Args:
         body: The request.
@@ -663,5 +767,6 @@ def info_of(body: Drawing, result: Result, timestamp: str) -> str:
         "is_using_inpainting_conditioning": False,
         "version": f"peft_diffusion {__version__}",
         "comments": result.notes,
+        "auto": [_told_of(one) for one in result.chosen],
     }
     return json.dumps(told, ensure_ascii=False)

@@ -79,6 +79,7 @@ def serve(config: ServeConfig, *, observers: Sequence[Observer] = ()) -> None:
         finally:
             engine.close()
             engine.worker.join()
+            engine.files.close()
 
 
 def _listening(config: ServeConfig) -> socket.socket:

@@ -9,6 +9,7 @@ from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.settings import (
     COUNT,
+    NATURAL,
     PARAMETERS,
     Flag,
     OptionalPath,
@@ -44,7 +45,7 @@ class ServeConfig:
     adapters_dir: OptionalPath = setting(
         None,
         "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders. No other file is "
-        "opened for a request.",
+        "opened for a request, but those that --max-auto lets a library choose.",
         PARAMETERS,
         flag=Flag(aliases=("--lora-dir",)),
     )
@@ -93,6 +94,14 @@ class ServeConfig:
         Range(0),
         unit="MiB",
     )
+    max_auto: int = setting(
+        0,
+        "The most adapters of the library that a request may have chosen for its prompts, wherever their files are; by "
+        "default none are.",
+        PARAMETERS,
+        NATURAL,
+    )
+    library: OptionalPath = as_in(GenerateConfig, "library")
     strict: bool = as_in(GenerateConfig, "strict")
     prediction: AskedPrediction = as_in(GenerateConfig, "prediction")
     device: str = as_in(GenerateConfig, "device")
@@ -151,6 +160,12 @@ class ServeConfig:
         ):
             if folder is not None and not at_home(folder).is_dir():
                 raise UserError(f"there is no folder {folder}, which {flag} names")
+        if self.library is not None and not self.max_auto:
+            raise UserError("--library is where requests have adapters chosen; give --max-auto too, as in --max-auto 2")
+        if self.max_auto:
+            from ..library import Library  # which brings numpy
+
+            Library(self.library, make=False).close()
         if self.output is not None:
             check_folder(at_home(self.output))
         if self.secret() is None and not is_loopback(self.host):

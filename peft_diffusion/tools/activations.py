@@ -26,7 +26,7 @@ from ..core.reduction import Reduced
 from ..core.weight_change import serves
 from ..formats.planning import Plan
 from ..generation import Adapters
-from .results import triggers_of
+from .results import trigger_phrases
 from .sources import Source, Where
 from .watch import Watch
 
@@ -102,7 +102,7 @@ def usual_prompts(plan: Plan) -> list[str]:
         What it was trained on, as far as the file tells, and common subjects with its triggers; at least two.
     """
     found = dict.fromkeys(_captions(plan)[:_MOST_CAPTIONS])
-    words = ", ".join(triggers_of(plan))
+    words = ", ".join(trigger_phrases(plan))
     found |= dict.fromkeys(f"{words}, {subject}" if words else subject for subject in _SUBJECTS)
     return list(found)
 

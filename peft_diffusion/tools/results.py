@@ -327,7 +327,7 @@ def joined_spec(sources: Sequence[Plan], bones: Skeleton, made: Adapters, title:
     specs = [one.spec for one in sources if one.spec is not None]
     bases = [dict(one.base) for one in specs]
     base = bases[0] if bases and all(one == bases[0] for one in bases) else base_told(bones)
-    triggers = dict.fromkeys(trigger for one in sources for trigger in triggers_of(one))
+    triggers = dict.fromkeys(trigger for one in sources for trigger in trigger_phrases(one))
     alone = specs[0] if len(sources) == 1 and specs else None
     return Spec(
         made.spec_methods(sources),
@@ -354,14 +354,16 @@ def base_told(bones: Skeleton) -> dict[str, Any]:
     }  # an architecture is no base
 
 
-def triggers_of(plan: Plan) -> tuple[str, ...]:
-    """List the words that call an adapter, as its file tells them.
+def trigger_phrases(plan: Plan) -> tuple[str, ...]:
+    """List the phrases that a file names as what calls its adapter, as a new file is to name them again.
+
+    Words that were learned are in the tensors, and need no naming: `formats.inspection.triggers_of` lists these too.
 
     Args:
         plan: The file.
 
     Returns:
-        Those of its spec, or of ``modelspec.trigger_phrase``.
+        The triggers of its spec, or what stands between the commas of ``modelspec.trigger_phrase``.
     """
     if plan.spec is not None:
         return plan.spec.triggers

@@ -20,6 +20,7 @@ from ..core.arena import Arena
 from ..core.errors import UserError
 from ..core.events import Observer
 from ..core.files import at_home, refuse_overlaps
+from ..core.learned_kinds import LEARNED_KINDS
 from ..core.others import Other
 from ..core.settings import pick, portable, to_json
 from ..formats import Plan
@@ -328,7 +329,7 @@ def _resolved(config: ComposeTrainConfig, prepared: Prepared) -> ResolvedCompose
     found, of_pictures = Derivation(config), prepared.config
     found.put_precision(of_pictures.precision, prepared.pipe.device.type)
     found.fill({"resolution": of_pictures.resolution}, f"from base {prepared.info.name}")
-    found.fill({"lr": config.rate}, f"from kind {config.kind}")
+    found.fill({"lr": config.rate, "balance": LEARNED_KINDS[config.kind].balance}, f"from kind {config.kind}")
     found.put_places(at_home(config.target), config.folder)
     return ResolvedComposeConfig(**found.values, asked=found.asked, derived=found.derived)
 
