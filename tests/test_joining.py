@@ -1,6 +1,7 @@
 """Pictures that join others under way, each against the pipeline by itself with the adapters of that one alone."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_formats import write_adapter
 
 from peft_diffusion import Region, Request, Schedule, UserError
 from peft_diffusion.bases import denoiser_of
+from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.joining import Queue, Ticket
@@ -78,6 +80,19 @@ def test_a_picture_that_joins_is_that_of_its_own_run(
     assert done[0] is came[0] and done != came  # one with fewer steps leaves before those that came first
     check_near(adapters, REQUESTS, came, done, kept)
     assert np.abs(kept[-1] - alone(make_pipe, files, replace(REQUESTS[-1], sampling=HOW))).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_every_scheduler_takes_its_own_steps_beside_others(
+    tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, kept = Adapters(tiny_pipe), numbers(tiny_pipe, monkeypatch)
+    how = replace(HOW, guidance=1.0)
+    names = [name for name in SCHEDULERS if name != "lms" or find_spec("scipy")]
+    requests = [Request("a cat", {}, seed, "", replace(how, scheduler=name)) for seed, name in enumerate(names)]
+    with adapters.queue(at_most=len(requests)) as queue:
+        came, done = drawn(queue, requests)
+    check_near(adapters, requests, came, done, kept)
 
 
 @pytest.mark.slow

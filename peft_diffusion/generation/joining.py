@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as trees
 
 from ..bases import denoiser_of
-from ..bases.pipelines import computes_on, guides, place
+from ..bases.pipelines import guides, place
 from ..core.changes import one_at_a_time
 from ..core.errors import Interrupted, UserError
 from ..core.events import Never, Noted, Observer, Observers, Stop
@@ -97,15 +96,12 @@ class _Own:
     times: Sequence[float]
     latents: Tensor
     guided: bool
-    extra: Mapping[str, Any]
 
     @classmethod
     def of(cls, ticket: Ticket, call: FirstCall, tell: Observer, amounts: Mapping[str, OverSteps]) -> "_Own":
-        takes = signature(call.scheduler.step).parameters
-        extra = {"generator": call.generators} if "generator" in takes else {}
         times = [float(one) for one in call.scheduler.timesteps.tolist()]
         ticket.steps = len(times)
-        return cls(ticket, call, tell, amounts, times, call.latents, call.guided, extra)
+        return cls(ticket, call, tell, amounts, times, call.latents, call.guided)
 
     @property
     def rows(self) -> int:
@@ -137,7 +133,7 @@ class _Own:
         if self.guided:
             against, towards = predicted.chunk(2)
             predicted = against + sampling.guided_by * (towards - against)
-        self.latents = self.call.scheduler.step(predicted, self.now, self.latents, **self.extra, return_dict=False)[0]
+        self.latents = self.call.scheduler.step(predicted, self.now, self.latents, **self.call.extra, return_dict=False)[0]
         self.ticket.step += 1
         if self.guided and self.ticket.step < len(self.times):
             self.guided = guides(pipe, self.times[self.ticket.step], sampling.guidance_stop)
@@ -384,7 +380,8 @@ class Queue:
     def _advance(self) -> None:
         """Take a step with all that are under way."""
         pipe, own = self.adapters.pipe, self._under_way
-        device, rows = computes_on(pipe), [one.rows for one in own]
+        network = denoiser_of(pipe).network
+        device, rows = next(network.parameters()).device, [one.rows for one in own]
         total = self._rows(sum(rows))
         fill = total - sum(rows)
         self._weigh(rows, fill)
