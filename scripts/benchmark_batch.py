@@ -53,6 +53,8 @@ def main() -> None:
         "--load", nargs="+", type=float, default=[], help="requests that come, of what eight at once could do"
     )
     options = read(parser)
+    if any(load <= 0 for load in options.load):
+        raise UserError("--load must be above 0: 0.5 has requests come half as fast as eight at once are drawn")
     if options.load and options.device == "cpu":
         torch.set_num_threads(1)
     for kind in options.kinds:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.core.errors import UserError
 from scripts.measuring import markdown_table, run
 
+ROOT = Path(__file__).resolve().parent.parent  # where -m finds the package, also where it is not installed
 HELP = {
     "Python alone": ["-c", "pass"],
     "import peft_diffusion": ["-c", "import peft_diffusion"],
@@ -35,17 +37,24 @@ def seconds(arguments: list[str], compiled: str) -> float:
     """Seconds of processor that Python takes with these arguments; modules are compiled into a folder of their own."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
-    subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, env=environment | {"PYTHONPYCACHEPREFIX": compiled}
-    )
+    ran = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPYCACHEPREFIX": compiled},
+    )  # fmt: skip
     after = os.times()
+    if ran.returncode:
+        last = (ran.stderr.strip() or "it says nothing").splitlines()[-1]
+        raise UserError(f"python {' '.join(arguments)} cannot be measured: {last}; pip install what it lacks")
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def main() -> None:
+    """The table of all commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="how often each command runs")
     options = parser.parse_args()
+    if options.runs < 1:
+        raise UserError(f"--runs must be 1 or more, not {options.runs}")
     found: dict[str, list[float]] = {name: [] for name in HELP}
     with tempfile.TemporaryDirectory() as compiled:
         for number in range(options.runs + 1):  # by turns, so that a slow minute of the machine is everyone's

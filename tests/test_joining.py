@@ -152,12 +152,13 @@ def test_one_that_is_given_up_or_fails_leaves_the_others_as_they_are(
     adapters, rows = loaded(tiny_pipe, files, "ink"), rows_of(tiny_pipe)
     with adapters.queue() as queue:
         for wrong, why in (
+            ("a cat", r"make one, as Request\('a cat'\)"),
             (Request("a cat", {"nobody": 1.0}), "no adapter 'nobody'"),
             (Request("a cat", sampling=Sampling(width=63)), "width 63 is no multiple"),
             (Request("a cat", {"ink": float("nan")}, sampling=HOW), "finite"),
         ):
             with pytest.raises(UserError, match=why):
-                queue.submit(wrong)
+                queue.submit(wrong)  # type: ignore[arg-type]
         first, second, third = (queue.submit(Request("a cat", {"ink": 0.5}, seed, "", HOW)) for seed in range(3))
         with pytest.raises(UserError, match="not drawn yet"):
             _ = first.image
@@ -179,6 +180,11 @@ def test_one_that_is_given_up_or_fails_leaves_the_others_as_they_are(
         with pytest.raises(ZeroDivisionError):
             queue.step()
         assert last.failed and not queue.busy
+        left = [queue.submit(Request("a cat", sampling=how)) for how in (HOW, replace(HOW, hires=2.0))]
+    assert all(ticket.given_up for ticket in left) and not queue.busy
+    for use in (queue.step, lambda: queue.submit(Request("a cat"))):  # which would write the strengths of the base
+        with pytest.raises(UserError, match="the queue is closed"):
+            use()
     with pytest.raises(UserError, match="at_most must be 1 or more"), adapters.queue(at_most=0):
         pass
 

@@ -4,7 +4,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -677,7 +677,7 @@ class Adapters:
             at_most: Pictures computed at once, 1 or more.
 
         Yields:
-            The queue. The strengths are afterwards what they were.
+            The queue. Afterwards it is closed, what was not drawn is given up, and the strengths are what they were.
 
         Raises:
             UserError: Adapters are merged, or the base is a language model.
@@ -685,8 +685,8 @@ class Adapters:
         self._denoising()
         from .joining import Queue  # which imports diffusers
 
-        with self._kept_strengths():
-            yield Queue(self, at_most=at_most)
+        with self._kept_strengths(), closing(Queue(self, at_most=at_most)) as made:
+            yield made
 
     def calibrate(
         self,

@@ -147,6 +147,29 @@ def _differences(keys: Sequence[tuple[Any, ...]]) -> str:
     return ", ".join([*names, *more])
 
 
+def as_drawn(adapters: "Adapters", request: Request) -> tuple[Cell, Sampling]:
+    """Say a request as the sampler takes it.
+
+    Args:
+        adapters: Those on the base.
+        request: The request.
+
+    Returns:
+        The picture, and how it is drawn.
+
+    Raises:
+        UserError: It is no request, names an adapter that is not there, or has a negative prompt without guidance.
+    """
+    if not isinstance(request, Request):
+        raise UserError(
+            f"a picture is asked for by a Request, not by {request!r:.80}; make one, as Request({request!r:.80})"
+        )
+    cell = request.cell()
+    for name in cell.amounts:
+        _ = adapters[name]
+    return cell, replace(request.sampling, negative=cell.negative or "")  # which refuses the negative prompt
+
+
 def drawn(adapters: "Adapters", requests: Sequence[Request], at_most: int, tell: Observer, stop: Stop) -> list[Image.Image]:
     """Draw what requests ask for; see `Adapters.batch`. Strengths are afterwards those of the last batch.
 
@@ -165,12 +188,8 @@ def drawn(adapters: "Adapters", requests: Sequence[Request], at_most: int, tell:
         Interrupted: It was stopped.
     """
     denoiser_of(adapters.pipe)
-    cells = [request.cell() for request in requests]
-    for name in (name for cell in cells for name in cell.amounts):
-        _ = adapters[name]
-    samplings = [
-        replace(one.sampling, negative=cell.negative or "") for one, cell in zip(requests, cells, strict=True)
-    ]  # which refuses a negative prompt without guidance
+    asked = [as_drawn(adapters, request) for request in requests]
+    cells, samplings = [cell for cell, _ in asked], [sampling for _, sampling in asked]
     found: dict[int, Image.Image] = {}
     for group in grouped(adapters, cells, samplings, tell):
         sampling = replace(group.sampling, negative="", batch_size=at_most)

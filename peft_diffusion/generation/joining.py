@@ -7,7 +7,7 @@ prepares each picture and makes it of its latents, so that it is the one that it
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from ..core.strength import OverSteps, Strength, Strengths
 from ..core.strength_schedule import Schedule, Timed
 from ..fast.cuda_graph import to_device
 from ..fast.drawing import engine_of, records_on
-from .batching import Request
+from .batching import Request, as_drawn
 from .sampler import Cell, FirstCall, called_by, finished, first_call, paint
 from .settings import Sampling
 from .tiling import seamless
@@ -49,16 +49,17 @@ class Ticket:
     step: int = 0
     steps: int = 0
     done: bool = False
-    _image: Image.Image | None = None
-    _error: Exception | None = None
-    _given_up: bool = False
+    _image: Image.Image | None = field(default=None, init=False, repr=False)
+    _error: Exception | None = field(default=None, init=False, repr=False)
+    _given_up: bool = field(default=False, init=False, repr=False)
 
     @property
     def image(self) -> Image.Image:
         """The picture.
 
         Raises:
-            UserError: It is not there yet, was given up, or failed.
+            UserError: It is not there yet, or was given up.
+            Exception: It failed: what was raised then.
         """
         if self._error is not None:
             raise self._error
@@ -238,6 +239,7 @@ class Queue:
         self._waiting: deque[_Own | _Alone] = deque()
         self._under_way: list[_Own] = []
         self._written: Any = False  # for which rows strengths were last written
+        self._closed = False
         self._left: Any = None  # how strengths and adapters were left by what was last done here
         self._told: tuple[Any, dict[str, Any]] | None = None
 
@@ -267,12 +269,9 @@ class Queue:
             By which to know when it is done.
 
         Raises:
-            UserError: It names an adapter that is not there, or cannot be drawn.
+            UserError: It names an adapter that is not there, or cannot be drawn; or the queue is closed.
         """
-        cell = request.cell()
-        for name in cell.amounts:
-            _ = self.adapters[name]
-        return self.put(cell, replace(request.sampling, negative=cell.negative or ""), tell)
+        return self.put(*as_drawn(self.adapters, request), tell)
 
     @torch.no_grad()
     def put(self, cell: Cell, sampling: Sampling, tell: Observer) -> Ticket:
@@ -289,6 +288,7 @@ class Queue:
         Raises:
             UserError: As `submit`.
         """
+        self._check_open()
         ticket = Ticket(why_alone(self.adapters, cell, sampling))
         if ticket.alone is not None:
             tell(Noted(f"a picture is drawn by itself: {ticket.alone}"))
@@ -314,8 +314,10 @@ class Queue:
             Those that are done now: drawn, failed or given up.
 
         Raises:
+            UserError: The queue is closed.
             Exception: Whatever the network raised. All that was under way has failed with it.
         """
+        self._check_open()
         self._look()
         gone = self._leave()
         alone = self._join()
@@ -344,6 +346,17 @@ class Queue:
         while self.busy:
             done += self.step()
         return done
+
+    def close(self) -> None:
+        """Give up what is not drawn. Nothing can be asked for any more: strengths are no longer the queue's to write."""
+        for one in (*self._waiting, *self._under_way):
+            one.ticket.cancel()
+        self._leave()
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("the queue is closed, as its with block has ended; open another with adapters.queue()")
 
     @property
     def _strengths(self) -> Strengths | None:
