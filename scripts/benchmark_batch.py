@@ -12,7 +12,8 @@ diffusers with peft one after the other; pictures a second, and after how many s
 With ``--load`` the gate is followed by this alone: 32 requests come one by one, at random times (a Poisson process), so many
 times as fast as eight at once are drawn, a third of them with half the steps. How long does each wait for its picture, where
 all that wait are drawn in a batch, and where each joins those under way at their next step (`Adapters.queue`)? Both at the
-same times, in the order batches, joining, joining, batches.
+same times, in the order batches, joining, joining, batches. Time in which nothing is drawn is skipped; on a CPU it is the
+processor's, of one thread, so that others on the machine count less.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def main() -> None:
         "--load", nargs="+", type=float, default=[], help="requests that come, of what eight at once could do"
     )
     options = read(parser)
+    if options.load and options.device == "cpu":
+        torch.set_num_threads(1)
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             compare(kind, options, Path(folder))
@@ -80,9 +83,8 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     if not apart <= NEAR[options.precision]:
         raise UserError("the gate was not passed: pictures of a batch are others, so the times compare nothing")
     if options.load:
-        rate = AT_ONCE / timed(lambda: adapters.batch(some, at_most=AT_ONCE), options)
         for load in options.load:
-            arriving(adapters, wanted, load, load * rate, options.steps)
+            arriving(adapters, wanted, load, options)
         return
     before = adapters.recordings
     print(markdown_table([kind, "ours", "diffusers + peft"], []), end="")
@@ -102,44 +104,64 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     row("recordings meanwhile", float(adapters.recordings - before), None)
 
 
-def arriving(adapters: Adapters, wanted: Sequence[Request], load: float, rate: float, steps: int) -> None:
+class Clock:
+    """Seconds from now on, in which one can go ahead."""
+
+    def __init__(self, device: str) -> None:
+        self._read = time.process_time if device == "cpu" else time.perf_counter
+        self._began = self._read()
+
+    @property
+    def now(self) -> float:
+        """How many there are."""
+        return self._read() - self._began
+
+    def until(self, moment: float) -> None:
+        """Go ahead to a moment that has not come."""
+        self._began -= max(0.0, moment - self.now)
+
+
+def arriving(adapters: Adapters, wanted: Sequence[Request], load: float, options: argparse.Namespace) -> None:
     """Requests that come one by one: how long they wait where they are drawn in batches, and where they join."""
-    short = replace(wanted[0].sampling, steps=max(1, steps // 2))
+    clock = Clock(options.device)
+    adapters.batch(wanted[:AT_ONCE], at_most=AT_ONCE)
+    rate = load * AT_ONCE / clock.now
+    short = replace(wanted[0].sampling, steps=max(1, options.steps // 2))
     mixed = [replace(one, sampling=short) if number % 3 == 2 else one for number, one in enumerate(wanted)]
     comes = np.cumsum(np.random.default_rng(0).exponential(1 / rate, len(mixed))).tolist()
     waits: dict[str, list[float]] = {"in batches": [], "joining": []}
     for how in ("in batches", "joining", "joining", "in batches"):
-        waits[how] += (batched if how == "in batches" else joined)(adapters, mixed, comes)
+        work = batched if how == "in batches" else joined
+        waits[how] += work(adapters, mixed, comes, Clock(options.device))
     print(f"\nat {load:g} of what eight at once could do, {rate:.3g} requests a second:\n")
     rows = [[how, *(f"{np.percentile(found, part):.3g}" for part in (50, 95))] for how, found in waits.items()]
     print(markdown_table(["", "half have theirs within, s", "95 in 100, s"], rows), flush=True)
 
 
-def batched(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float]) -> list[float]:
+def batched(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float], clock: Clock) -> list[float]:
     """How long each waits where all that have come are drawn at once, and the next ones after these."""
-    began, first, waits = time.perf_counter(), 0, list[float]()
+    first, waits = 0, list[float]()
     while first < len(wanted):
-        time.sleep(max(0.0, comes[first] - (time.perf_counter() - began)))
-        now = time.perf_counter() - began
+        clock.until(comes[first])
+        now = clock.now
         last = min(first + AT_ONCE, max(first + 1, sum(one <= now for one in comes)))
         adapters.batch(wanted[first:last], at_most=AT_ONCE)
-        waits += [time.perf_counter() - began - one for one in comes[first:last]]
+        waits += [clock.now - one for one in comes[first:last]]
         first = last
     return waits
 
 
-def joined(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float]) -> list[float]:
+def joined(adapters: Adapters, wanted: Sequence[Request], comes: Sequence[float], clock: Clock) -> list[float]:
     """How long each waits where it joins those under way."""
-    began, first = time.perf_counter(), 0
-    of, waits = dict[Ticket, float](), list[float]()
+    first, of, waits = 0, dict[Ticket, float](), list[float]()
     with adapters.queue(at_most=AT_ONCE) as queue:
         while first < len(wanted) or queue.busy:
             if not queue.busy:
-                time.sleep(max(0.0, comes[first] - (time.perf_counter() - began)))
-            while first < len(wanted) and queue.room and comes[first] <= time.perf_counter() - began:
+                clock.until(comes[first])
+            while first < len(wanted) and queue.room and comes[first] <= clock.now:
                 of[queue.submit(wanted[first])] = comes[first]
                 first += 1
-            waits += [time.perf_counter() - began - of[ticket] for ticket in queue.step()]
+            waits += [clock.now - of[ticket] for ticket in queue.step()]
     return waits
 
 

@@ -1,6 +1,7 @@
 """Adapter files written anew: every layout that can hold a content gives back its very bits, and others say why not."""
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
+from peft_diffusion.bases.skeleton import skeleton
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.merge import merge, unmerge
+from peft_diffusion.formats import fitting
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.lora import DOWN, UP, Lora
 from peft_diffusion.tools.activations import _Observed
@@ -72,7 +75,17 @@ def run(source: Path, output: Path, **settings: object) -> Path:
     return pd.convert(pd.ConvertConfig(source, output, **settings)).path  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def one_skeleton(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The skeleton of the tiny base made once, as that of a published one is: else that takes most of a conversion."""
+    monkeypatch.setattr(fitting, "skeleton", _SKELETONS)
+
+
+_SKELETONS = cache(skeleton)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_skeleton")
 @pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method][1] not in LACKING["unet"]])
 def test_layouts_that_hold_a_method_give_back_its_bits(method: str, tiny_base: Path, tmp_path: Path) -> None:
     source = made(tmp_path / "a.safetensors", method, dtype=torch.float16)

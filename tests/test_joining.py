@@ -1,6 +1,8 @@
 """Pictures that join others under way, each against the pipeline by itself with the adapters of that one alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from test_formats import write_adapter
 
 from peft_diffusion import Region, Request, Schedule, UserError
 from peft_diffusion.bases import denoiser_of
+from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.joining import Queue, Ticket
@@ -78,6 +81,19 @@ def test_a_picture_that_joins_is_that_of_its_own_run(
     assert done[0] is came[0] and done != came  # one with fewer steps leaves before those that came first
     check_near(adapters, REQUESTS, came, done, kept)
     assert np.abs(kept[-1] - alone(make_pipe, files, replace(REQUESTS[-1], sampling=HOW))).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_every_scheduler_takes_its_own_steps_beside_others(
+    tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, kept = Adapters(tiny_pipe), numbers(tiny_pipe, monkeypatch)
+    how = replace(HOW, guidance=1.0)
+    names = [name for name in SCHEDULERS if name != "lms" or find_spec("scipy")]
+    requests = [Request("a cat", {}, seed, "", replace(how, scheduler=name)) for seed, name in enumerate(names)]
+    with adapters.queue(at_most=len(requests)) as queue:
+        came, done = drawn(queue, requests)
+    check_near(adapters, requests, came, done, kept)
 
 
 @pytest.mark.slow
@@ -181,6 +197,44 @@ def test_adapters_that_have_left_the_base_come_back_for_pictures_under_way(
     for ticket, request in zip(tickets, requests, strict=True):
         (own,) = adapters.batch([request])
         assert np.abs(np.asarray(ticket.image, int) - np.asarray(own, int)).max() <= 1
+
+
+def test_what_somebody_changes_between_steps_is_not_drawn_with(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    """A picture is the one that nobody disturbed; where its adapter is another now, it fails."""
+    adapters = loaded(tiny_pipe, files, "ink", "line")
+    request = Request("a cat", {"ink": 0.9}, 1, "", replace(HOW, steps=2, guidance=1.0))
+    (own,) = adapters.batch([request])
+
+    def drawn_with(disturb: Callable[[], object]) -> Ticket:
+        with adapters.queue() as queue:
+            ticket = queue.submit(request)
+            queue.step()
+            disturb()
+            assert queue.run() == [ticket]
+        return ticket
+
+    def swap() -> None:
+        adapters.remove("ink")
+        adapters.load(files["line"], "ink")
+
+    disturbances: list[Callable[[], object]] = [
+        lambda: adapters.set(ink=0.0, line=1.0),
+        lambda: adapters.load(files["flat"], "flat"),  # at strength 1
+    ]
+    for disturb in disturbances:
+        assert np.abs(np.asarray(drawn_with(disturb).image, int) - np.asarray(own, int)).max() <= 1
+    with pytest.raises(UserError, match="'ink' is another now"):
+        _ = drawn_with(swap).image
+    with adapters.queue() as queue:
+        merged = queue.submit(request)
+        queue.step()
+        adapters.merge()
+        with pytest.raises(UserError, match="merged"):
+            queue.step()
+        adapters.unmerge()
+    assert merged.failed
+    with pytest.raises(UserError, match="no adapter 'ink'"):
+        _ = drawn_with(lambda: adapters.remove("ink")).image
 
 
 @pytest.mark.slow

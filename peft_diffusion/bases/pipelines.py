@@ -243,7 +243,9 @@ def computes_on(pipeline: Pipeline) -> torch.device:
     Returns:
         The device.
     """
-    device: torch.device = getattr(pipeline, "_execution_device", pipeline.device)
+    # Each of both goes through all modules, so only one is asked.
+    name = "_execution_device" if hasattr(type(pipeline), "_execution_device") else "device"
+    device: torch.device = getattr(pipeline, name)
     return device
 
 

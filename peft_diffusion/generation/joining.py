@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as trees
 
 from ..bases import denoiser_of
-from ..bases.pipelines import computes_on, guides, place
+from ..bases.pipelines import guides, place
 from ..core.changes import one_at_a_time
 from ..core.errors import Interrupted, UserError
 from ..core.events import Never, Noted, Observer, Observers, Stop
@@ -32,7 +31,7 @@ from .settings import Sampling
 from .tiling import seamless
 
 if TYPE_CHECKING:
-    from .adapters import Adapters
+    from .adapters import Adapters, LoadedAdapter
 
 
 @dataclass(eq=False)
@@ -82,6 +81,10 @@ class Ticket:
         self._given_up = self._given_up or not self.done
         self.done = True
 
+    def _fail(self, error: Exception) -> None:
+        if not self.done:
+            self._end(error=error)
+
     def _end(self, image: Image.Image | None = None, error: Exception | None = None) -> None:
         self.done, self._image, self._error = True, image, error
 
@@ -94,18 +97,23 @@ class _Own:
     call: FirstCall
     tell: Observer
     amounts: Mapping[str, OverSteps]
+    adapters: Mapping[str, "LoadedAdapter"]
     times: Sequence[float]
     latents: Tensor
     guided: bool
-    extra: Mapping[str, Any]
 
     @classmethod
-    def of(cls, ticket: Ticket, call: FirstCall, tell: Observer, amounts: Mapping[str, OverSteps]) -> "_Own":
-        takes = signature(call.scheduler.step).parameters
-        extra = {"generator": call.generators} if "generator" in takes else {}
+    def of(
+        cls,
+        ticket: Ticket,
+        call: FirstCall,
+        tell: Observer,
+        amounts: Mapping[str, OverSteps],
+        adapters: Mapping[str, "LoadedAdapter"],
+    ) -> "_Own":
         times = [float(one) for one in call.scheduler.timesteps.tolist()]
         ticket.steps = len(times)
-        return cls(ticket, call, tell, amounts, times, call.latents, call.guided, extra)
+        return cls(ticket, call, tell, amounts, adapters, times, call.latents, call.guided)
 
     @property
     def rows(self) -> int:
@@ -137,7 +145,7 @@ class _Own:
         if self.guided:
             against, towards = predicted.chunk(2)
             predicted = against + sampling.guided_by * (towards - against)
-        self.latents = self.call.scheduler.step(predicted, self.now, self.latents, **self.extra, return_dict=False)[0]
+        self.latents = self.call.scheduler.step(predicted, self.now, self.latents, **self.call.extra, return_dict=False)[0]
         self.ticket.step += 1
         if self.guided and self.ticket.step < len(self.times):
             self.guided = guides(pipe, self.times[self.ticket.step], sampling.guidance_stop)
@@ -210,6 +218,9 @@ class Queue:
     within a batch; steps, schedulers, guidance, seeds, adapters and their schedules need not be. One that cannot join waits
     until those under way are done, and those behind it wait too, so that nobody waits forever. Not for several threads.
 
+    Strengths may be set and pictures be drawn otherwise between two steps: those under way keep their own. Where an adapter
+    of theirs is removed, or another gets its name, they fail.
+
     Args:
         adapters: Those of the pipeline that draws. Their strengths are those of the last step; see `Adapters.queue`.
         at_most: Pictures computed at once, 1 or more.
@@ -227,6 +238,7 @@ class Queue:
         self._waiting: deque[_Own | _Alone] = deque()
         self._under_way: list[_Own] = []
         self._written: Any = False  # for which rows strengths were last written
+        self._left: Any = None  # how strengths and adapters were left by what was last done here
         self._told: tuple[Any, dict[str, Any]] | None = None
 
     @property
@@ -287,7 +299,8 @@ class Queue:
         amounts: dict[str, OverSteps] = {}
         if strengths is not None:  # which are those of the picture now
             amounts = {name: strengths.kept(name) for name in cell.amounts if name in strengths.names}
-        self._waiting.append(_Own.of(ticket, call, tell, amounts))
+        acting = {name: self.adapters[name] for name in amounts if cell.amounts[name] != 0}
+        self._waiting.append(_Own.of(ticket, call, tell, amounts, acting))
         return ticket
 
     @torch.no_grad()
@@ -303,7 +316,8 @@ class Queue:
         Raises:
             Exception: Whatever the network raised. All that was under way has failed with it.
         """
-        given_up = self._leave()
+        self._look()
+        gone = self._leave()
         alone = self._join()
         if alone is not None:
             self._draw(alone, stop)
@@ -315,7 +329,7 @@ class Queue:
                     own.ticket._end(error=error)
                 self._leave()
                 raise
-        return [*given_up, *self._leave()]
+        return [*gone, *self._leave()]
 
     def run(self) -> list[Ticket]:
         """Draw all that was asked for.
@@ -336,6 +350,27 @@ class Queue:
         """Those of the network; None where it carries no adapters."""
         state = state_of(denoiser_of(self.adapters.pipe).network)
         return None if state is None else state.strengths
+
+    @property
+    def _present(self) -> tuple[Any, ...]:
+        """What changes with every strength and adapter of the network."""
+        strengths = self._strengths
+        return (None,) if strengths is None else (strengths, strengths.changes, strengths.merged)
+
+    def _look(self) -> None:
+        """Where somebody has changed strengths or adapters since, have strengths written again, and fail pictures whose
+        adapters are gone or others now: what is left of them would be drawn without."""
+        if self._present == self._left:
+            return
+        self._written = False
+        for own in (*self._under_way, *(one for one in self._waiting if isinstance(one, _Own))):
+            try:
+                lost = [name for name, known in own.adapters.items() if self.adapters[name] != known]
+            except UserError as error:
+                own.ticket._fail(error)
+                continue
+            if lost:
+                own.ticket._fail(UserError(f"the adapter {lost[0]!r} is another now than when the picture was asked for"))
 
     def _join(self) -> _Alone | None:
         """Begin with those that wait, in order. Returns the first one where it is to be drawn by itself now."""
@@ -384,7 +419,8 @@ class Queue:
     def _advance(self) -> None:
         """Take a step with all that are under way."""
         pipe, own = self.adapters.pipe, self._under_way
-        device, rows = computes_on(pipe), [one.rows for one in own]
+        network = denoiser_of(pipe).network
+        device, rows = next(network.parameters()).device, [one.rows for one in own]
         total = self._rows(sum(rows))
         fill = total - sum(rows)
         self._weigh(rows, fill)
@@ -451,7 +487,7 @@ class Queue:
         if len(self._under_way) == 1 and not fill:
             columns = columns[:1]
         _write(strengths, columns)
-        self._written = key
+        self._written, self._left = key, self._present
 
     def _bring(self, names: set[str]) -> None:
         """Bring back adapters that have left the base for lack of room. Raises UserError where there is none."""

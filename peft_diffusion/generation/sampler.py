@@ -274,7 +274,7 @@ class FirstCall:
             have a row without the prompt before that with it.
         guided: Whether it guides.
         arguments: What the pipeline was called with, prompts as embeddings.
-        generators: Its chance, from which some schedulers draw at every step.
+        extra: What a step of the scheduler is told besides, such as the chance from which it draws.
     """
 
     cell: Cell
@@ -284,7 +284,7 @@ class FirstCall:
     named: Mapping[str, Any]
     guided: bool
     arguments: Mapping[str, Any]
-    generators: list[torch.Generator]
+    extra: Mapping[str, Any]
 
 
 def called_by(pipe: Pipeline) -> nn.Module:
@@ -344,6 +344,7 @@ def first_call(adapters: "Adapters", cell: Cell, sampling: Sampling, tell: Obser
     arguments = {**start.arguments, **told}
     try:
         with drawing(pipe, scheduler):
+            extra: dict[str, Any] = pipe.prepare_extra_step_kwargs(start.generators, 0.0)
             pipe(
                 **arguments,
                 num_inference_steps=start.steps,
@@ -357,7 +358,7 @@ def first_call(adapters: "Adapters", cell: Cell, sampling: Sampling, tell: Obser
         hook.remove()
     noise = arguments.pop("latents") * scheduler.init_noise_sigma
     guided = bool(pipe.do_classifier_free_guidance)
-    return FirstCall(cell, sampling, scheduler, noise, found, guided, arguments, start.generators)
+    return FirstCall(cell, sampling, scheduler, noise, found, guided, arguments, extra)
 
 
 class _Over(diffusers.DDIMScheduler):  # type: ignore[misc]
