@@ -1,5 +1,6 @@
 """Pictures that join others under way, each against the pipeline by itself with the adapters of that one alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +197,44 @@ def test_adapters_that_have_left_the_base_come_back_for_pictures_under_way(
     for ticket, request in zip(tickets, requests, strict=True):
         (own,) = adapters.batch([request])
         assert np.abs(np.asarray(ticket.image, int) - np.asarray(own, int)).max() <= 1
+
+
+def test_what_somebody_changes_between_steps_is_not_drawn_with(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    """A picture is the one that nobody disturbed; where its adapter is another now, it fails."""
+    adapters = loaded(tiny_pipe, files, "ink", "line")
+    request = Request("a cat", {"ink": 0.9}, 1, "", replace(HOW, steps=2, guidance=1.0))
+    (own,) = adapters.batch([request])
+
+    def drawn_with(disturb: Callable[[], object]) -> Ticket:
+        with adapters.queue() as queue:
+            ticket = queue.submit(request)
+            queue.step()
+            disturb()
+            assert queue.run() == [ticket]
+        return ticket
+
+    def swap() -> None:
+        adapters.remove("ink")
+        adapters.load(files["line"], "ink")
+
+    disturbances: list[Callable[[], object]] = [
+        lambda: adapters.set(ink=0.0, line=1.0),
+        lambda: adapters.load(files["flat"], "flat"),  # at strength 1
+    ]
+    for disturb in disturbances:
+        assert np.abs(np.asarray(drawn_with(disturb).image, int) - np.asarray(own, int)).max() <= 1
+    with pytest.raises(UserError, match="'ink' is another now"):
+        _ = drawn_with(swap).image
+    with adapters.queue() as queue:
+        merged = queue.submit(request)
+        queue.step()
+        adapters.merge()
+        with pytest.raises(UserError, match="merged"):
+            queue.step()
+        adapters.unmerge()
+    assert merged.failed
+    with pytest.raises(UserError, match="no adapter 'ink'"):
+        _ = drawn_with(lambda: adapters.remove("ink")).image
 
 
 @pytest.mark.slow

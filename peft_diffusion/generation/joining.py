@@ -31,7 +31,7 @@ from .settings import Sampling
 from .tiling import seamless
 
 if TYPE_CHECKING:
-    from .adapters import Adapters
+    from .adapters import Adapters, LoadedAdapter
 
 
 @dataclass(eq=False)
@@ -81,6 +81,10 @@ class Ticket:
         self._given_up = self._given_up or not self.done
         self.done = True
 
+    def _fail(self, error: Exception) -> None:
+        if not self.done:
+            self._end(error=error)
+
     def _end(self, image: Image.Image | None = None, error: Exception | None = None) -> None:
         self.done, self._image, self._error = True, image, error
 
@@ -93,15 +97,23 @@ class _Own:
     call: FirstCall
     tell: Observer
     amounts: Mapping[str, OverSteps]
+    adapters: Mapping[str, "LoadedAdapter"]
     times: Sequence[float]
     latents: Tensor
     guided: bool
 
     @classmethod
-    def of(cls, ticket: Ticket, call: FirstCall, tell: Observer, amounts: Mapping[str, OverSteps]) -> "_Own":
+    def of(
+        cls,
+        ticket: Ticket,
+        call: FirstCall,
+        tell: Observer,
+        amounts: Mapping[str, OverSteps],
+        adapters: Mapping[str, "LoadedAdapter"],
+    ) -> "_Own":
         times = [float(one) for one in call.scheduler.timesteps.tolist()]
         ticket.steps = len(times)
-        return cls(ticket, call, tell, amounts, times, call.latents, call.guided)
+        return cls(ticket, call, tell, amounts, adapters, times, call.latents, call.guided)
 
     @property
     def rows(self) -> int:
@@ -206,6 +218,9 @@ class Queue:
     within a batch; steps, schedulers, guidance, seeds, adapters and their schedules need not be. One that cannot join waits
     until those under way are done, and those behind it wait too, so that nobody waits forever. Not for several threads.
 
+    Strengths may be set and pictures be drawn otherwise between two steps: those under way keep their own. Where an adapter
+    of theirs is removed, or another gets its name, they fail.
+
     Args:
         adapters: Those of the pipeline that draws. Their strengths are those of the last step; see `Adapters.queue`.
         at_most: Pictures computed at once, 1 or more.
@@ -223,6 +238,7 @@ class Queue:
         self._waiting: deque[_Own | _Alone] = deque()
         self._under_way: list[_Own] = []
         self._written: Any = False  # for which rows strengths were last written
+        self._left: Any = None  # how strengths and adapters were left by what was last done here
         self._told: tuple[Any, dict[str, Any]] | None = None
 
     @property
@@ -283,7 +299,8 @@ class Queue:
         amounts: dict[str, OverSteps] = {}
         if strengths is not None:  # which are those of the picture now
             amounts = {name: strengths.kept(name) for name in cell.amounts if name in strengths.names}
-        self._waiting.append(_Own.of(ticket, call, tell, amounts))
+        acting = {name: self.adapters[name] for name in amounts if cell.amounts[name] != 0}
+        self._waiting.append(_Own.of(ticket, call, tell, amounts, acting))
         return ticket
 
     @torch.no_grad()
@@ -299,7 +316,8 @@ class Queue:
         Raises:
             Exception: Whatever the network raised. All that was under way has failed with it.
         """
-        given_up = self._leave()
+        self._look()
+        gone = self._leave()
         alone = self._join()
         if alone is not None:
             self._draw(alone, stop)
@@ -311,7 +329,7 @@ class Queue:
                     own.ticket._end(error=error)
                 self._leave()
                 raise
-        return [*given_up, *self._leave()]
+        return [*gone, *self._leave()]
 
     def run(self) -> list[Ticket]:
         """Draw all that was asked for.
@@ -332,6 +350,27 @@ class Queue:
         """Those of the network; None where it carries no adapters."""
         state = state_of(denoiser_of(self.adapters.pipe).network)
         return None if state is None else state.strengths
+
+    @property
+    def _present(self) -> tuple[Any, ...]:
+        """What changes with every strength and adapter of the network."""
+        strengths = self._strengths
+        return (None,) if strengths is None else (strengths, strengths.changes, strengths.merged)
+
+    def _look(self) -> None:
+        """Where somebody has changed strengths or adapters since, have strengths written again, and fail pictures whose
+        adapters are gone or others now: what is left of them would be drawn without."""
+        if self._present == self._left:
+            return
+        self._written = False
+        for own in (*self._under_way, *(one for one in self._waiting if isinstance(one, _Own))):
+            try:
+                lost = [name for name, known in own.adapters.items() if self.adapters[name] != known]
+            except UserError as error:
+                own.ticket._fail(error)
+                continue
+            if lost:
+                own.ticket._fail(UserError(f"the adapter {lost[0]!r} is another now than when the picture was asked for"))
 
     def _join(self) -> _Alone | None:
         """Begin with those that wait, in order. Returns the first one where it is to be drawn by itself now."""
@@ -448,7 +487,7 @@ class Queue:
         if len(self._under_way) == 1 and not fill:
             columns = columns[:1]
         _write(strengths, columns)
-        self._written = key
+        self._written, self._left = key, self._present
 
     def _bring(self, names: set[str]) -> None:
         """Bring back adapters that have left the base for lack of room. Raises UserError where there is none."""
