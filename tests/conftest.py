@@ -211,6 +211,25 @@ def draw_nothing(patched: pytest.MonkeyPatch) -> None:
         patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
 
 
+def draw_again(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process draw plots, where others of the module draw none."""
+    from peft_diffusion.training.record import plots, recorder
+
+    for name in _PLOTS:
+        patched.setattr(recorder, name, getattr(plots, name))
+
+
+def draw_copies(patched: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let runs of this process write the plots of a run's folder, byte by byte, instead of drawing their own."""
+    from peft_diffusion.core.files import write_bytes
+
+    for name in _PLOTS:
+        patched.setattr(
+            f"peft_diffusion.training.record.recorder.{name}",
+            lambda path, metrics: write_bytes(path, (folder / path.name).read_bytes()),
+        )
+
+
 @pytest.fixture(scope="module")
 def few_measurements() -> Iterator[None]:
     """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
@@ -230,9 +249,6 @@ def no_plots() -> Iterator[None]:
 @pytest.fixture
 def plots(no_plots: None) -> Iterator[None]:
     """Runs of this test draw plots again, where others of its module draw none."""
-    from peft_diffusion.training.record import plots, recorder
-
     with pytest.MonkeyPatch.context() as patched:
-        for name in _PLOTS:
-            patched.setattr(recorder, name, getattr(plots, name))
+        draw_again(patched)
         yield

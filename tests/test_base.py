@@ -42,7 +42,7 @@ def icons() -> Any:
     return pd.load_base("icons", device="cpu")
 
 
-def _drawn(pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 20) -> np.ndarray:
+def _drawn(pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 8) -> np.ndarray:
     sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
@@ -79,13 +79,13 @@ def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     plain = StableDiffusionPipeline.from_pretrained(FOLDER)
     plain.set_progress_bar_config(disable=True)
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
-    wanted = plain(ASKED["noto"], latents=latents, num_inference_steps=20, guidance_scale=5.0).images[0]
-    assert abs(_drawn(icons, [ASKED["noto"]])[0] - np.asarray(wanted) / 255).max() <= 1 / 255
+    wanted = plain(ASKED["noto"], latents=latents, num_inference_steps=6, guidance_scale=5.0).images[0]
+    assert abs(_drawn(icons, [ASKED["noto"]], steps=6)[0] - np.asarray(wanted) / 255).max() <= 1 / 255
 
 
 @pytest.mark.slow
 def test_it_draws_subject_and_style(icons: Any) -> None:
-    drawn = _drawn(icons, list(ASKED.values()))
+    drawn = _drawn(icons, list(ASKED.values()), steps=12)
     apple, house, _ = drawn
     ink = apple.min(-1) < 0.9
     assert 0.3 < ink.mean() < 0.9
@@ -139,7 +139,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
 @pytest.fixture(scope="module")
 def apple_and_fish(icons: Any) -> np.ndarray:
     """Two subjects in one style, drawn by the sampler of the base."""
-    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"], steps=12)
+    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_every_sampler_draws_the_apple(icons: Any, apple_and_fish: np.ndarray, s
     """They take other steps to the same picture: far nearer to it than to another subject's."""
     wanted, other = apple_and_fish
     # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.
-    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 12)[0]
+    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 8)[0]
     assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
 
 

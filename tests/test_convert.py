@@ -308,6 +308,7 @@ def training(folder: Path, output: Path, **changes: Any) -> pd.TrainConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_measurements", "no_plots")
 def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter_model.safetensors"
     pd.train(training(one_picture, output, save_as="peft", save_dtype="bf16"), pipe=make_pipe())
@@ -430,6 +431,7 @@ def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_skeleton")
 @pytest.mark.parametrize("rank", [2, 16])
 def test_a_pair_is_not_fitted_over_a_lora_of_the_file(rank: int, tiny_base: Path, tmp_path: Path) -> None:
     source, place = made(tmp_path / "a.safetensors", "prefix"), "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"

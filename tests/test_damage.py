@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import draw_again, make_pipe
 from safetensors.torch import load_file, save
 from test_training import draw_pictures, small, warnings_but_counsel
 
@@ -24,7 +24,7 @@ from peft_diffusion.training.events import Step
 from peft_diffusion.training.record import checkpoint, run_folder
 from peft_diffusion.training.record.run_record import Record, measurements
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """The folder of a run of six steps, with its adapter beside it."""
     where = tmp_path_factory.mktemp("made")
-    train(small(pictures, where, preview_steps=1, **RUN), pipe=make_pipe())
+    with pytest.MonkeyPatch.context() as patched:
+        draw_again(patched)
+        train(small(pictures, where, preview_steps=1, **RUN), pipe=make_pipe())
     return where
 
 

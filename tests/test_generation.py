@@ -119,7 +119,7 @@ def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path
     def drawn(**options: Any) -> tuple[list[Image.Image], list[tuple[int, float]]]:
         counts.clear()
         cells = [Cell("a cat", seed, {"ink": 0.5 + seed}) for seed in range(2)]  # of their own strength each
-        return list(paint(adapters, cells, Sampling(steps=10, scheduler=scheduler, **options))), list(counts)
+        return list(paint(adapters, cells, Sampling(steps=6, scheduler=scheduler, **options))), list(counts)
 
     whole, half, none, off = (
         drawn(guidance=5.0, guidance_stop=1.0), drawn(guidance=5.0, guidance_stop=0.5), drawn(guidance=5.0, guidance_stop=0),

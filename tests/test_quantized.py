@@ -313,6 +313,7 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_measurements", "no_plots")
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     kind: Quantize, tiny_base: Path, tmp_path: Path
@@ -320,7 +321,8 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     folder = draw_pictures(tmp_path / "pictures")
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
-    run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"), held_out=0)
+    both = ("unet", "text_encoder")
+    run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=both, held_out=0, steps=3)
     trained = train(run, observers=[TrainingConsole(said)])
     shown = f"generate 'blue cat b' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()
@@ -350,6 +352,7 @@ def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: P
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_measurements", "no_plots")
 def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"

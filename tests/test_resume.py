@@ -145,12 +145,12 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures:
     whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=9), pipe=make_pipe())
     assert same_file(longer.output, whole.output)
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    train(small(pictures, tmp_path / "falling", scheduler="cosine"), pipe=make_pipe())
-    config = small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True)
+    train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=2), pipe=make_pipe())
+    config = small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True)
     train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
-    assert "the run was planned for 6 steps" in console.export_text()
-    with pytest.raises(UserError, match=r"--steps 3: the run in .* is at step 7 already"):
-        train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())
+    assert "the run was planned for 2 steps" in console.export_text()
+    with pytest.raises(UserError, match=r"--steps 1: the run in .* is at step 3 already"):
+        train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=1, resume=True), pipe=make_pipe())
 
 
 def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(

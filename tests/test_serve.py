@@ -713,6 +713,7 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         (own(region=[{"box": [0, 0, 1, 1], "prompt": "a" * 10_001}]), "the prompt of region 1 is at most"),
         (own(region=[{"box": [0, 0, 1, 1]}], regions="auto"), "--regions auto finds the regions by itself"),
         (own(regions="auto"), "regions are found by the triggers of two adapters"),
+        (own(region_feather=0.2), "are of regions; send region"), (own(region_isolation=0.5), "are of regions; send region"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the option eta_noise_seed_delta"),
         ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
         ({"override_settings": {"samples_format": "exe"}}, "samples_format"),

@@ -107,12 +107,12 @@ CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, 
 def test_the_base_draws_the_class_once_and_later_runs_find_it(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(small(pictures, tmp_path / "a", **CLASS), pipe=make_pipe())
+    first = train(small(pictures, tmp_path / "a", steps=2, **CLASS), pipe=make_pipe())
     folder = next((tmp_path / "a" / "class_images").iterdir())
     assert [path.name for path in sorted(folder.iterdir())] == [f"{number:04}.png" for number in range(5)]
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "0004.png").unlink()  # as where it was stopped: the other four stay, and this comes out as it was
-    config = small(pictures, tmp_path / "a", **CLASS, overwrite=True)
+    config = small(pictures, tmp_path / "a", steps=2, **CLASS, overwrite=True)
     before = load_file(first.output)
     again = load_file(train(config, pipe=make_pipe()).output)
     assert all(torch.equal(before[key], again[key]) for key in before)
@@ -389,7 +389,7 @@ def test_a_picture_of_a_mask_is_a_picture(tmp_path: Path, pictures: Path) -> Non
 
 @pytest.mark.slow
 def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
-    for name in ("10_mira", "often/deep", "once"):
+    for name in ("4_mira", "often/deep", "once"):
         draw_pictures(tmp_path / "all" / name, 2, size=64)
     for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
         Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(path)
@@ -398,13 +398,13 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     )
     task, _ = task_of(config)
     names = [one.subfolder for one in scan(tmp_path / "all").pictures]
-    drawn = Counter(names[task.batch(step, 0).indices[0]] for step in range(28))
-    assert drawn == {"10_mira": 20, "often/deep": 6, "once": 2}
-    weights = {names[task.batch(step, 0).indices[0]]: task.inputs(step, 0)["weights"].item() for step in range(28)}
-    assert weights == {"10_mira": 1.0, "often/deep": 1.0, "once": 0.5}
+    drawn = Counter(names[task.batch(step, 0).indices[0]] for step in range(16))
+    assert drawn == {"4_mira": 8, "often/deep": 6, "once": 2}
+    weights = {names[task.batch(step, 0).indices[0]]: task.inputs(step, 0)["weights"].item() for step in range(16)}
+    assert weights == {"4_mira": 1.0, "often/deep": 1.0, "once": 0.5}
     result = train(config, pipe=make_pipe())
-    assert result.steps == 28
-    plain, _ = task_of(replace(config, repeats=("10_mira=1", "often=1")))
+    assert result.steps == 16
+    plain, _ = task_of(replace(config, repeats=("4_mira=1", "often=1")))
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
 
 

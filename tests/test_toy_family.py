@@ -167,6 +167,7 @@ def test_a_file_of_another_family_is_refused(trained: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_measurements", "no_plots")
 def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
     assert len(blocks_of(make_toy().transformer)) == 2
     common: dict[str, Any] = {

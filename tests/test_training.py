@@ -585,10 +585,10 @@ def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path, pictures: Path) -> None:
     torch.manual_seed(1)
-    first = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
+    first = train(small(pictures, tmp_path / "1", steps=3), pipe=make_pipe())
     torch.manual_seed(2)
-    again = train(small(pictures, tmp_path / "2"), pipe=make_pipe())
-    other = train(small(pictures, tmp_path / "3", seed=1), pipe=make_pipe())
+    again = train(small(pictures, tmp_path / "2", steps=3), pipe=make_pipe())
+    other = train(small(pictures, tmp_path / "3", steps=3, seed=1), pipe=make_pipe())
     one, two, three = (load_file(result.output) for result in (first, again, other))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert any(not torch.equal(one[key], three[key]) for key in one)
@@ -596,8 +596,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path
 
 @pytest.mark.slow
 def test_v_prediction_is_trained_as_the_base_says(tmp_path: Path, pictures: Path) -> None:
-    epsilon = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
-    velocity = train(small(pictures, tmp_path / "2", min_snr_gamma=5), pipe=make_pipe(prediction_type="v_prediction"))
+    epsilon = train(small(pictures, tmp_path / "1", steps=2), pipe=make_pipe())
+    config = small(pictures, tmp_path / "2", steps=2, min_snr_gamma=5)
+    velocity = train(config, pipe=make_pipe(prediction_type="v_prediction"))
     assert spec_of(velocity.output).base["prediction_type"] == "v_prediction"
     first = [next(line["loss"] for line in lines(result) if "loss" in line) for result in (epsilon, velocity)]
     assert first[0] != first[1]
@@ -695,7 +696,7 @@ def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) 
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     result = train(
-        small(draw_pictures(tmp_path / "few", 5), tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)]
+        small(draw_pictures(tmp_path / "few", 5), tmp_path, steps=2), pipe=make_pipe(), observers=[TrainingConsole(console)]
     )
     assert result.held_out_before is None
     said = console.export_text()
@@ -746,14 +747,14 @@ def test_missing_captions_stop_before_anything_is_written(tmp_path: Path, pictur
 
 @pytest.mark.slow
 def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path: Path, pictures: Path) -> None:
-    first = train(small(pictures, tmp_path), pipe=make_pipe())
+    first = train(small(pictures, tmp_path, steps=2), pipe=make_pipe())
     held = first.output.read_bytes()
     with pytest.raises(UserError, match=r"holds a run already: --resume"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     with pytest.raises(UserError, match=r"exists already: --overwrite"):
         train(small(pictures, tmp_path, run_dir=tmp_path / "other"), pipe=make_pipe())
     assert first.output.read_bytes() == held
-    again = train(small(pictures, tmp_path, overwrite=True, seed=1), pipe=make_pipe())
+    again = train(small(pictures, tmp_path, steps=2, overwrite=True, seed=1), pipe=make_pipe())
     assert again.output.read_bytes() != held and len(lines(again)) == len(lines(first))
 
 
