@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import UserError
 from ..generation.region_settings import FEATHER, ISOLATION
@@ -78,6 +78,14 @@ class Scripts(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     peft_diffusion: OwnScript | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_any_case(cls, told: Any) -> Any:
+        """Know our own by its name in any case, as A1111 finds scripts."""
+        if not isinstance(told, dict):
+            return told
+        return {OWN if str(name).lower() == OWN else name: value for name, value in told.items()}
 
     @property
     def others(self) -> dict[str, Any]:
