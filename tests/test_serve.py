@@ -705,7 +705,7 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "x"}]}}}, "the script 'ADetailer'"),
         (own(auto=2), "start serve with --max-auto"),
         ({"alwayson_scripts": {"Peft_Diffusion": {"args": [{"auto": 2}]}}}, "start serve with --max-auto"),
-        (own(region_feather=0.2), "region_feather is of regions, and there is none"),
+        (own(region_feather=0.2), "region_feather and region_isolation are of regions"),
         (own(region=[{"box": [0.5, 0, 0.2, 1]}]), "region[0]: box=0.5,0,0.2,1 is none"),
         (own(region=[{"box": [0, 0, 1, 1]}, {}]), "region[1]: a region has nothing that says where it is"),
         (own(region=[{"mask": "/etc/passwd"}]), "region[0].mask is no picture in base64"),
