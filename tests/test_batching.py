@@ -149,5 +149,7 @@ def test_a_request_that_cannot_be_drawn_is_refused(
         adapters.batch([Request("a dog", {"ink": 0.5}, sampling=HOW), request_])
     with pytest.raises(UserError, match="at_most must be 1 or more"):
         adapters.batch([], at_most=0)
+    with pytest.raises(UserError, match="are of regions; give regions too"):
+        Request("a dog", region_feather=0.2)
     assert adapters.batch([]) == []
     assert next(iter(adapters._registry.states().values())).strengths.kept("ink") == 1.0

@@ -566,6 +566,9 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
     assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
     assert client.get_scripts() == {"txt2img": ["peft_diffusion"], "img2img": ["peft_diffusion"]}
+    told = ask(address, "script-info").json()
+    assert {(one["name"], one["is_img2img"]) for one in told} == {("peft_diffusion", False), ("peft_diffusion", True)}
+    assert "region_feather" in told[0]["args"][0]["label"]
     assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
     for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
         assert empty() == []
@@ -705,7 +708,6 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "x"}]}}}, "the script 'ADetailer'"),
         (own(auto=2), "start serve with --max-auto"),
         ({"alwayson_scripts": {"Peft_Diffusion": {"args": [{"auto": 2}]}}}, "start serve with --max-auto"),
-        (own(region_feather=0.2), "region_feather and region_isolation are of regions"),
         (own(region=[{"box": [0.5, 0, 0.2, 1]}]), "region[0]: box=0.5,0,0.2,1 is none"),
         (own(region=[{"box": [0, 0, 1, 1]}, {}]), "region[1]: a region has nothing that says where it is"),
         (own(region=[{"mask": "/etc/passwd"}]), "region[0].mask is no picture in base64"),

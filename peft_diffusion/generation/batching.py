@@ -38,11 +38,14 @@ class Request:
             that differ between components, blocks and steps, or a `Schedule`. Those not named have no part in it.
         seed: That of its noise.
         negative: What it should not show; None is what ``sampling`` says.
-        sampling: How it is drawn; its prompts, adapters and batch size are not read.
+        sampling: How it is drawn, as ``pd.GenerateConfig(steps=20)``; its prompts, adapters and batch size are not read.
         regions: Parts of the picture with prompts and adapters of their own, which name these as ``adapters`` does:
             ``pd.Region(box=(0, 0, 0.5, 1), prompt="a cat", adapter="ink=0.8")``.
         region_feather: How wide their edges are, as a share of the shorter side.
         region_isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other.
+
+    Raises:
+        UserError: It says something of the edges of regions and has none.
     """
 
     prompt: str
@@ -53,6 +56,10 @@ class Request:
     regions: Sequence[Region] = ()
     region_feather: float = FEATHER
     region_isolation: float = ISOLATION
+
+    def __post_init__(self) -> None:
+        if not self.regions and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
+            raise UserError("region_feather and region_isolation are of regions; give regions too")
 
     def cell(self) -> Cell:
         """Give the picture as the sampler takes it."""

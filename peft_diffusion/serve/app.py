@@ -14,7 +14,7 @@ from ..core.parsing import json_value
 from ..formats.container import is_pickle, read_header, title
 from ..generation import hires
 from . import drawing, names, pictures
-from .bodies import OWN, Drawing, ImageToImage, PngInfo, TextToImage
+from .bodies import OWN, Drawing, Extras, ImageToImage, PngInfo, TextToImage
 from .engine import Engine, memory
 from .guard import Guard, error_body
 from .settings import ServeConfig
@@ -22,10 +22,15 @@ from .worker import FullError, Job
 
 T = TypeVar("T")
 _ROOT = "/sdapi/v1"
+_OWN_ARGUMENT = f"an object with any of {', '.join(Extras.model_fields)}"
 # What clients ask for and is the same at all times, most of it because it is not there.
 _FIXED: dict[str, Any] = {
     "sd-vae": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "prompt-styles": [],
-    "extensions": [], "script-info": [], "scripts": {"txt2img": [OWN], "img2img": [OWN]},
+    "extensions": [], "scripts": {"txt2img": [OWN], "img2img": [OWN]},
+    "script-info": [
+        {"name": OWN, "is_alwayson": True, "is_img2img": of_picture, "args": [{"label": _OWN_ARGUMENT}]}
+        for of_picture in (False, True)
+    ],
 }  # fmt: skip
 
 

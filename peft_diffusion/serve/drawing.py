@@ -279,8 +279,6 @@ def _check_limits(body: Drawing, serving: ServeConfig) -> None:
             raise UserError(f"{name} is at most {most} here, not {value}")
     if rounds < 1:
         raise UserError(f"n_iter must be 1 or more, not {rounds}")
-    if (own.region_feather, own.region_isolation) != (FEATHER, ISOLATION) and not own.region and own.regions == "given":
-        raise UserError("region_feather and region_isolation are of regions; give region, or regions as auto, too")
 
 
 def _region(body: RegionBody, number: int) -> Region:

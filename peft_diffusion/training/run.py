@@ -539,7 +539,7 @@ def find_rates(
 
 
 class _Run(Generic[Result]):
-    """One training: an adapter on a base, its trainer, and what is kept of it."""
+    """One training: what is trained on a base, its trainer, and what is kept of it."""
 
     def __init__(
         self,
@@ -614,7 +614,7 @@ class _Run(Generic[Result]):
             self.outcome = self._outcome() if self.processes.measures else None
 
     def write(self, base: str, seconds: float) -> Result:
-        """Write the adapter file with what is worth knowing of it."""
+        """Write the file of what was trained, with what is worth knowing of it."""
         config, result = self.material.config, self._result(base, seconds)
         if self.processes.leads:
             self._save(config.output, result)
