@@ -16,7 +16,7 @@ from ..core.strength_schedule import ByPart, Schedule
 from ..data.prompts import in_words
 from . import amounts
 from .asked import manner
-from .region_settings import FEATHER, ISOLATION, Region
+from .region_settings import FEATHER, ISOLATION, Region, says_of_edges
 from .regions import Area, Division, DrawnRegion, columns
 from .sampler import Cell, paint, set_strengths
 from .settings import Sampling
@@ -58,7 +58,7 @@ class Request:
     region_isolation: float = ISOLATION
 
     def __post_init__(self) -> None:
-        if not self.regions and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
+        if not self.regions and says_of_edges(self.region_feather, self.region_isolation):
             raise UserError("region_feather and region_isolation are of regions; give regions too")
 
     def cell(self) -> Cell:

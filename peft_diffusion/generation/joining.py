@@ -128,7 +128,8 @@ class _Own:
 
     def told(self) -> dict[str, Any]:
         """What the network is called with for its rows, beside latents and timestep: without guidance for the prompt."""
-        return dict(self.call.named) if self.guided or not self.call.guided else _mapped(self.call.named, _second_half)
+        named = dict(self.call.named)
+        return named if self.guided or not self.call.guided else trees.tree_map_only(Tensor, _second_half, named)
 
     def sample(self) -> Tensor:
         """Its latents as the network takes them, a row each."""
@@ -173,10 +174,6 @@ class _Alone:
     cell: Cell
     sampling: Sampling
     tell: Observer
-
-
-def _mapped(named: Mapping[str, Any], change: Any) -> dict[str, Any]:
-    return {name: trees.tree_map_only(Tensor, change, value) for name, value in named.items()}
 
 
 def _second_half(rows: Tensor) -> Tensor:

@@ -89,6 +89,19 @@ class Region:
                 raise UserError(f"there is no picture {path} of a region")
 
 
+def says_of_edges(feather: float, isolation: float) -> bool:
+    """Tell whether anything is said of the edges of regions, which has no effect where there are none.
+
+    Args:
+        feather: How wide they are.
+        isolation: How long regions do not attend to each other.
+
+    Returns:
+        Whether either is another than where nothing is said.
+    """
+    return (feather, isolation) != (FEATHER, ISOLATION)
+
+
 def check_compose(compose: str) -> None:
     """See that adapters meet so that regions can say where.
 

@@ -48,7 +48,7 @@ from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
-from .region_settings import FEATHER, ISOLATION, Regions, check_compose
+from .region_settings import FEATHER, ISOLATION, Regions, check_compose, says_of_edges
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
@@ -594,7 +594,7 @@ class DrawingConfig(Sampling):
         self.controls()
         for region in self.region:
             region.check()
-        of_regions = any((one.region_feather, one.region_isolation) != (FEATHER, ISOLATION) for one in pictures)
+        of_regions = any(says_of_edges(one.region_feather, one.region_isolation) for one in pictures)
         if of_regions and not any(one.is_divided for one in pictures):
             raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
         retrieves = any(one.auto is not None for one in pictures)

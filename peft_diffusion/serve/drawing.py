@@ -27,7 +27,7 @@ from ..generation.joining import Ticket
 from ..generation.kept import Kept
 from ..generation.memory import spare
 from ..generation.recipe import Recipe, UsedPicture
-from ..generation.region_settings import FEATHER, ISOLATION, Region
+from ..generation.region_settings import Region, says_of_edges
 from ..generation.regions import Area
 from ..generation.retrieval import Retrieval, wanted_by
 from ..generation.sampler import size
@@ -263,8 +263,7 @@ def _check_limits(body: Drawing, serving: ServeConfig) -> None:
     own, batch, rounds = body.own, *(1 if one is None else one for one in (body.batch_size, body.n_iter))
     if own.auto is not None and not serving.max_auto:
         raise UserError("auto chooses adapters of a library, which this server does not: start serve with --max-auto 2")
-    of_regions = (own.region_feather, own.region_isolation) != (FEATHER, ISOLATION)
-    if of_regions and not own.region and own.regions == "given":
+    if says_of_edges(own.region_feather, own.region_isolation) and not own.region and own.regions == "given":
         raise UserError("region_feather and region_isolation are of regions; send region, or regions as auto, too")
     for name, value, most in (
         ("prompt", len(body.prompt or ""), _LONGEST),
