@@ -269,12 +269,14 @@ class ComposeMaterial:
         return Facts(defaults=to_json(_resolved(plain, self.prepared)), held_out=held_out)
 
     def next_command(self) -> str:
-        """What to type to draw with what was learned."""
+        """What to type to draw with what was learned; adapters are found beside its file, and named where they are not."""
         config = self.config
+        beside = config.output.absolute().parent
+        named = [str(one.path) for one in self.plans if one.path.absolute().parent != beside]
         base = None if config.base == ComposeTrainConfig.base else config.base
         triggers = [one.triggers[0] for one in map(_member, self.plans) if one.triggers]
         flags = {"compose-file": str(config.output), "base": base}
-        return next_command("generate", ", ".join(triggers) or "a picture", flags, self.plugins)
+        return next_command("generate", ", ".join(triggers) or "a picture", flags, self.plugins, named)
 
     @cached_property
     def before(self) -> tuple[float, ...]:
