@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .generation.generate import Picture, generate
     from .generation.grid import Grid, grid
     from .generation.grid_settings import GridConfig
+    from .generation.joining import Queue, Ticket
     from .generation.region_settings import Region
-    from .generation.settings import BlendConfig, GenerateConfig
+    from .generation.settings import BlendConfig, GenerateConfig, Sampling
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
     from .library import Found, Library
@@ -78,16 +79,19 @@ __all__ = [
     "Made",
     "MergeConfig",
     "Picture",
+    "Queue",
     "Region",
     "RenameTriggerConfig",
     "Request",
     "ResizeConfig",
+    "Sampling",
     "Schedule",
     "Spec",
     "SplitConfig",
     "StrengthConfig",
     "TextGenerateConfig",
     "TextTrainConfig",
+    "Ticket",
     "TrainConfig",
     "UserError",
     "blend",
@@ -149,10 +153,12 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Made": "tools.results",
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",
+            "Queue": "generation.joining",
             "RenameTriggerConfig": "tools.tool_settings",
             "Region": "generation.region_settings",
             "Request": "generation.batching",
             "ResizeConfig": "tools.tool_settings",
+            "Sampling": "generation.settings",
             "Schedule": "generation",
             "Spec": "formats",
             "SplitConfig": "tools.tool_settings",
@@ -160,6 +166,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "TextGenerateConfig": "generation.text_settings",
             "Dataset": "training",
             "TextTrainConfig": "training",
+            "Ticket": "generation.joining",
             "TrainConfig": "training",
             "UserError": "core.errors",
             "blend": "generation.blend",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import threading
 from collections.abc import Mapping
@@ -122,7 +123,9 @@ def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
     pipe = pd.load_base(str(tiny_base), device="cpu")
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     first = asked(folder, tiny_base, "strengths", "again.safetensors")
-    again = pd.train_composition(first, pipe=pipe).output
+    result = pd.train_composition(first, pipe=pipe)
+    again = result.output
+    assert "--adapter" not in result.next_command  # they lie beside it
     assert again.read_bytes() == files["strengths"].read_bytes()
     again.unlink()
     assert Adapters(pipe).names == ()
@@ -140,6 +143,29 @@ def stopped_at(step: int, config: ComposeTrainConfig, pipe: Any) -> str:
     with pytest.raises(Interrupted) as said:
         pd.train_composition(config, pipe=pipe, observers=[told], stop=stop)
     return str(said.value)
+
+
+@pytest.mark.slow
+def test_what_is_kept_apart_is_measured_with_each_checkpoint(
+    folder: Path, tiny_pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not learned from: two of ink's three pictures, as flat has one alone. What is proposed then can be typed."""
+    config = asked(folder, tiny_base, "strengths", "away/apart.safetensors", held_out=0.5, save_every=6)
+    result = pd.train_composition(config, pipe=tiny_pipe)
+    record = run_record.only(result.run_dir)
+    measured = dict(record.curve("held_out_loss"))
+    assert list(measured) == [0, 6, 12]
+    assert result.held_out_after is not None and result.held_out_before is not None
+    assert measured[12] == result.held_out_after < result.held_out_before
+    assert "pictures kept apart: loss " in "\n".join(result.lines())
+    assert "2 of them are kept apart to measure on" in (result.run_dir / "report.html").read_text()
+    assert main(["inspect", str(result.output)]) == 0
+    told = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert f"held-out loss {result.held_out_after:.4f}" in told
+    typed = [*shlex.split(result.next_command)[1:], "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "a.png")]
+    assert main(typed) == 0 and (tmp_path / "a.png").exists()
+    with pytest.raises(UserError, match=r"--held-out was 0\.5, now 0"):
+        pd.train_composition(replace(config, held_out=0.0, resume=True, steps=14), pipe=tiny_pipe)
 
 
 @pytest.mark.slow
@@ -168,7 +194,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(
     assert main(["runs", str(config.run_dir.parent)]) == 0
     assert kind in capsys.readouterr().out
     assert main(["runs", "export", str(config.run_dir)]) == 1
-    assert "is of a run that weighs adapters" in capsys.readouterr().err
+    told = f"compose train --config {settings} --resume --steps 12"
+    assert f"weighs adapters, and has none to export; to have its file of step 12: peft-diffusion {told}" in (
+        capsys.readouterr().err
+    )
+    first, *_ = sorted((config.run_dir / "checkpoints").iterdir())
+    assert main(["runs", "export", str(first)]) == 1
+    assert f"to have its file of step 12: peft-diffusion {told}" in capsys.readouterr().err
+    shutil.copy(first, folder / "elsewhere.safetensors")
+    assert main(["runs", "export", str(folder / "elsewhere.safetensors")]) == 1
+    assert "its run gives its file at that step with --resume --steps" in capsys.readouterr().err
     config.output.unlink()
 
 

@@ -113,6 +113,18 @@ def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(
 
 
 @pytest.mark.slow
+def test_no_data_set_is_kept_apart_as_a_whole(tmp_path: Path) -> None:
+    """Which would teach nothing of it: others stand in for those that have to stay, as far as there are any."""
+    own = [pd.Dataset(draw(tmp_path / "one", "only", caption="a hat"))]
+    own += [pd.Dataset(draw(tmp_path / "more", *(f"p{n}" for n in range(3)), caption="a thing"))]
+    for seed in range(4):
+        of_run = prepared(tmp_path, dataset=own, held_out=0.5, seed=seed).of_run
+        assert [one.dataset for one in of_run.apart] == [1, 1] and {one.dataset for one in of_run.kept} == {0, 1}
+    singles = [own[0], pd.Dataset(draw(tmp_path / "other", "only", caption="a dog"))]
+    assert not prepared(tmp_path, dataset=singles, held_out=0.5).of_run.apart
+
+
+@pytest.mark.slow
 def test_captions_come_from_where_the_data_set_says(tmp_path: Path) -> None:
     folder = draw(tmp_path / "tags", "red_hat", "blue_hat")
     (folder / "red_hat.tags").write_text("hat, red", "utf-8")

@@ -32,11 +32,11 @@ from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress, Warned
 from peft_diffusion.data.prompts import words_of
 from peft_diffusion.generation import recipe, sampler, sheet
-from peft_diffusion.generation.blend import _distinct, shares
+from peft_diffusion.generation.blend import _distinct, _label, shares
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import DemoConfig, Sampling, parse_choice, parse_choices
+from peft_diffusion.generation.settings import Choice, DemoConfig, Sampling, parse_choice, parse_choices
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
@@ -645,6 +645,12 @@ def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path: Path) -> No
     ):
         assert _distinct([tmp_path / path for path in paths]) == expected
     assert len(set(_distinct([tmp_path / "style.safetensors", tmp_path / "style.pt"]))) == 2
+
+
+def test_a_column_is_called_by_shares_and_by_strengths_that_are_others_than_1() -> None:
+    choices, names = [Choice(Path("a"), 0.6), Choice(Path("b"))], ["ink", "flat"]
+    told = [_label(mix, choices, names) for mix in ((1, 0), (0.75, 0.25), (0, 1), (0, 0))]
+    assert told == ["ink at 0.6", "ink 75% of 0.6\nflat 25%", "flat", "no adapter"]
 
 
 @pytest.mark.slow

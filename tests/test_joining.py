@@ -14,13 +14,11 @@ from diffusers import DiffusionPipeline
 from test_batching import FADED, HOW, alone, files, loaded, numbers
 from test_formats import write_adapter
 
-from peft_diffusion import Region, Request, Schedule, UserError
+from peft_diffusion import Queue, Region, Request, Sampling, Schedule, Ticket, UserError
 from peft_diffusion.bases import denoiser_of
 from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.joining import Queue, Ticket
-from peft_diffusion.generation.settings import Sampling
 
 __all__ = ["files"]  # a fixture
 

@@ -145,6 +145,20 @@ PROMPTS = [
 ]
 
 
+@torch.no_grad()
+def test_a_mean_that_is_0_but_for_rounding_is_not_brought_back() -> None:
+    """Nothing but rounding would say by what else; and the same words read alike however many are read at once."""
+    pipe = make_pipe()
+    text = denoiser_of(pipe).text
+    (alone,) = text.encode(["a (red:1.3) cat"])
+    (among,) = text.encode(["a (red:1.3) cat", "a (dog:0.7)", "a house"])
+    (plain,) = text.encode(["a red cat"])
+    assert abs(float(plain.mean())) < 1e-7 and (among[:1] - alone).abs().max() < 1e-5
+    ratio = (alone / plain).median(-1).values[0]
+    assert torch.allclose(ratio, torch.tensor([1.0, 1.0, 1.3, *[1.0] * 74]), atol=1e-4)
+    assert torch.equal(text.encode(["a (red:1.3) cat"])[0], alone)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -481,8 +481,8 @@ def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> 
     common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     for region, message in (
-        ("box=64,0,96,64", "region 1 holds nothing of a picture of 64x64: box=64.0,0.0,96.0,64.0 lies outside"),
-        (f"mask={tmp_path / 'black.png'}", "region 1 holds nothing of a picture of 64x64: its mask is black"),
+        ("box=64,0,96,64", "region 1 of 1 holds nothing of a picture of 64x64: its box 64.0,0.0,96.0,64.0 lies outside"),
+        (f"mask={tmp_path / 'black.png'}", "region 1 of 1 holds nothing of a picture of 64x64: its mask is black"),
     ):
         with pytest.raises(UserError, match=message):
             generate(GenerateConfig("a dog", region=region, **common), pipe=tiny_pipe)
@@ -528,9 +528,9 @@ def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        ("prompt=cat", "a region has nothing that says where it is; give one of box"),
+        ("prompt=cat", "a region has nothing that says where it is; give box, mask, or painted"),
         ("box=0,0,1,1 mask=a.png", "a region has box and mask at once"),
-        ("box=0.5,0,0.2,1", "box=0.5,0,0.2,1 is none"),
+        ("box=0.5,0,0.2,1", "box 0.5,0,0.2,1 is none"),
         ("box=0,0,0.5,64", "mixes pixels and shares"),
         ("painted=a.png", "a painted region has the colour ''"),
         ("box=0,0,1,1 adaptor=a", "there is no setting 'adaptor'"),

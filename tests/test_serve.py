@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
+from peft_diffusion.core.settings import settings_of
 from peft_diffusion.fast import drawing as fast_drawing
 from peft_diffusion.formats import plan
 from peft_diffusion.generation.adapters import Adapters
@@ -39,6 +41,7 @@ from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
 from peft_diffusion.serve.engine import Engine
 from peft_diffusion.serve.settings import ServeConfig
+from peft_diffusion.serve.wording import FIELDS, PLACE, as_request
 from peft_diffusion.serve.worker import Job
 
 TOKEN = "a token of the tests"
@@ -686,7 +689,7 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"prompt": "a __../token__"}, "is a wildcard, and there are no lists"),
         ({"prompt": "a" * 10_001}, "prompt is at most"),
         ({"steps": 151}, "steps is at most 150"),
-        ({"steps": 0}, "--steps must be"),
+        ({"steps": 0}, "steps must be"),
         ({"width": 256, "height": 256}, "over the limit of 16,384 pixels"),
         ({"width": 60}, "no multiple of 16"),
         ({"batch_size": 9}, "batch_size is at most 8"),
@@ -709,16 +712,19 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "x"}]}}}, "the script 'ADetailer'"),
         (own(auto=2), "start serve with --max-auto"),
         ({"alwayson_scripts": {"Peft_Diffusion": {"args": [{"auto": 2}]}}}, "start serve with --max-auto"),
-        (own(region=[{"box": [0.5, 0, 0.2, 1]}]), "region[0]: box=0.5,0,0.2,1 is none"),
-        (own(region=[{"box": [0, 0, 1, 1]}, {}]), "region[1]: a region has nothing that says where it is"),
-        (own(region=[{"mask": "/etc/passwd"}]), "region[0].mask is no picture in base64"),
+        (own(region=[{"box": [0.5, 0, 0.2, 1]}]), f"{PLACE}.region[0]: box 0.5,0,0.2,1 is none"),
+        (own(region=[{"box": [0, 0, 1, 1]}, {}]), f"{PLACE}.region[1]: a region has nothing that says where it is"),
+        (own(region=[{"mask": "/etc/passwd"}]), f"{PLACE}.region[0].mask is no picture in base64"),
         (own(region=[{"painted": webuiapi.raw_b64_img(Image.new("RGB", (8, 8))), "color": "#ff0000"}]),
-         "region[0].painted has nothing of the colour #ff0000"),
+         f"{PLACE}.region[0].painted has nothing of the colour #ff0000"),
         (own(region=[{"box": [0, 0, 1, 1], "prompt": "a <lora:../outside:1>"}]), "there is no adapter '../outside'"),
-        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a" * 10_001}]), "the prompt of region 1 is at most"),
-        (own(region=[{"box": [0, 0, 1, 1]}], regions="auto"), "--regions auto finds the regions by itself"),
-        (own(regions="auto"), "regions are found by the triggers of two adapters"),
-        (own(region_feather=0.2), "are of regions; send region"), (own(region_isolation=0.5), "are of regions; send region"),
+        (own(region=[{"box": [0, 0, 1, 1], "prompt": "a" * 10_001}]), f"{PLACE}.region[0].prompt is at most"),
+        (own(region=[{"box": [0, 0, 1, 1]}], regions="auto"),
+         f"{PLACE}.regions auto finds the regions by itself; leave each region away"),
+        (own(regions="auto"), f"or say where regions are with {PLACE}.region"),
+        (own(region=[{"box": [64, 0, 96, 64]}]), "region 1 of 1 holds nothing of a picture of"),
+        (own(region_feather=0.2), f"of {PLACE} are of regions; send region"),
+        (own(region_isolation=0.5), f"of {PLACE} are of regions; send region"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the option eta_noise_seed_delta"),
         ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
         ({"override_settings": {"samples_format": "exe"}}, "samples_format"),
@@ -728,6 +734,7 @@ def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any
     answer = ask(address, "txt2img", {"prompt": "a cat", "steps": 1, **body})
     assert answer.status_code == 400, answer.text
     assert told in answer.json()["detail"] and answer.json()["errors"] == answer.json()["detail"]
+    assert not re.search(r"(?<!serve with )(?<!serve's )--[a-z]", answer.json()["detail"])  # no request has flags
 
 
 @pytest.mark.slow
@@ -739,6 +746,7 @@ def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any
         ({"init_images": ["/etc/passwd"]}, "init_images[0]"),
         ({"init_images": [base64.b64encode(b"no picture").decode()]}, "init_images[0]: the content is no picture"),
         ({"denoising_strength": 0}, "denoising_strength must be above 0"),
+        ({"denoising_strength": 0.01}, "denoising_strength 0.01 leaves none of 1 steps; raise it, or steps"),
         ({"resize_mode": 3}, "resize_mode 3"),
         ({"mask": "", "inpainting_fill": 2}, "inpainting_fill 2"),
         ({"mask": "x", **own(region=[{"box": [0, 0, 1, 1]}])}, "inpaint_full_res draws the part around the mask alone"),
@@ -779,6 +787,35 @@ def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
 
 
 # Without a server.
+
+
+def test_every_flag_of_generate_is_a_field_of_requests_or_one_of_serve_or_cannot_be_said() -> None:
+    never = {
+        "compose", "compose_file", "prompt_2", "prompt_weights", "zero_negative", "guidance_stop", "control",
+        "control_scale", "format", "quality", "prompts_file", "sheet", "count", "seeds", "calibrate", "recipe",
+    }  # fmt: skip
+    of_generate, of_server = ({one.name for one in settings_of(kind)} for kind in (GenerateConfig, ServeConfig))
+    assert of_generate - FIELDS.keys() - of_server == never and FIELDS.keys() <= of_generate
+    known = [*TextToImage.model_fields, *ImageToImage.model_fields]
+    for place in FIELDS.values():
+        assert place.partition(".")[0] in known or "in the prompt" in place
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("--steps must be 1 or more", "steps must be 1 or more"),
+        ("--regions auto finds; leave each --region away", f"{PLACE}.regions auto finds; leave each region away"),
+        ("lower it, or take --precision float32", "lower it, or take serve's --precision float32"),
+        ("start serve with --output FOLDER", "start serve with --output FOLDER"),
+        (
+            "library remove --missing, not --steps-a --hires-steps",
+            "library remove --missing, not --steps-a hr_second_pass_steps",
+        ),
+    ],
+)
+def test_what_drawing_says_is_told_in_the_words_of_requests(said: str, told: str) -> None:
+    assert as_request(said) == told
 
 
 @pytest.mark.parametrize(

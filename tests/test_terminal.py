@@ -18,7 +18,7 @@ from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.cli.progress import show_notes
 from peft_diffusion.cli.screen import Screen
 from peft_diffusion.cli.terminal import plain
-from peft_diffusion.core.events import Noted
+from peft_diffusion.core.events import Noted, Warned
 
 TITLE = "\x1b]0;owned\x07"  # sets the title of a window
 CLEAR = "\x1b[2J\x9b31m\r\x7f\u202e"  # clears the screen; colours, by the control of one byte; goes back; turns around
@@ -70,6 +70,12 @@ def test_what_is_noted_logged_and_shown_while_training_is_plain(capsys: pytest.C
         logging.getLogger("peft_diffusion.any").warning(HOSTILE)
     told = "".join(capsys.readouterr())
     assert told.count("]0;owned") == 3 and not CONTROLS.search(told)
+
+
+def test_each_line_of_a_note_is_known_as_one_and_details_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    show_notes(Noted("first\nsecond"))
+    show_notes(Warned("odd files:", ("a.png", "b.png")))
+    assert capsys.readouterr().err.splitlines() == ["note: first", "note: second", "note: odd files:", "  a.png", "  b.png"]
 
 
 def test_a_screen_keeps_its_own_colours() -> None:

@@ -21,6 +21,7 @@ prompt, (prompts, width). The tokens are those of one chunk, or of several, one 
 
 CHUNK = 75
 """Tokens of a chunk of CLIP, without those that mark start and end."""
+_ROUNDING = 1e-6  # of a mean, as a share of the mean size of its numbers: some eight times what each is rounded by
 _OF_PROMPTS = ("ids_", "mask_", "emphasis_", "hidden")  # what names of tensors of prompts begin with
 
 
@@ -317,14 +318,18 @@ def _weighed(hidden: Tensor, emphasis: Tensor, empty: Tensor | None) -> Tensor:
     """Hidden states of a chunk with the weights of its tokens.
 
     A1111 multiplies them, and then all by what brings the mean of the chunk back; ComfyUI goes from those of no words, which
-    are ``empty``, towards them or past them.
+    are ``empty``, towards them or past them. A mean that is 0 but for rounding is not brought back, where A1111 divides all
+    the same (`EmphasisOriginal` of its modules/sd_emphasis.py): an encoder whose last norm was never trained has such
+    means, and their ratio is any number, another one in each size of batch.
     """
     factors = emphasis[..., None].to(hidden.dtype)
     if empty is not None:
         return torch.where(factors == 1, hidden, (hidden - empty) * factors + empty)
     weighed = hidden * factors
     before, after = (one.float().mean((1, 2), keepdim=True) for one in (hidden, weighed))
-    return weighed * torch.where(after == 0, 1, before / after).to(hidden.dtype)
+    least = _ROUNDING * hidden.float().abs().mean((1, 2), keepdim=True)
+    known = (before.abs() > least) & (after.abs() > least)
+    return weighed * torch.where(known, before / after, 1).to(hidden.dtype)
 
 
 def together(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,10 @@ def _rows(one: CompositionSpec) -> list[tuple[str, str]]:
         values = training.get(name)
         if isinstance(values, list) and all(isinstance(value, float) for value in values):
             told.append(f"{label} {' and '.join(f'{value:.4f}' for value in values)}")
+    for name, label in (("held_out_loss_before", "held-out loss before"), ("held_out_loss", "held-out loss")):
+        value = training.get(name)
+        if isinstance(value, float):
+            told.append(f"{label} {value:.4f}")
     return [*rows, ("training", ", ".join(told))] if told else rows
 
 

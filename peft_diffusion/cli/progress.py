@@ -15,7 +15,9 @@ def show_notes(event: Event) -> None:
     """
     match event:
         case Warned() | Noted():
-            say(f"note: {event.message}", error=True)
+            details = event.details if isinstance(event, Warned) else ()
+            lines = [f"note: {line}" for line in event.message.splitlines()]
+            say("\n".join([*lines, *(f"  {detail}" for detail in details)]), error=True)
 
 
 class GenerationConsole:

@@ -252,14 +252,12 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 
 def _label(mix: Sequence[float], choices: Sequence[Choice], names: Sequence[str]) -> str:
     """A mix in words: names with their share, and the strength where it is not 1."""
-    named = [
-        name + _at(choice) + ("" if share == 1 else f" {share:.0%}")
-        for share, choice, name in zip(mix, choices, names, strict=True)
-        if share
-    ]
+    named = [_part(name, share, choice) for share, choice, name in zip(mix, choices, names, strict=True) if share]
     return "\n".join(named) or "no adapter"
 
 
-def _at(choice: Choice) -> str:
-    told = [*([] if choice.strength == 1 else [f"{choice.strength:g}"]), *filter(None, [text_of(choice.parts)])]
-    return f" at {','.join(told)}" if told else ""
+def _part(name: str, share: float, choice: Choice) -> str:
+    strength = ",".join(filter(None, ["" if choice.strength == 1 else f"{choice.strength:g}", text_of(choice.parts)]))
+    if share == 1:
+        return f"{name} at {strength}" if strength else name
+    return f"{name} {share:.0%} of {strength}" if strength else f"{name} {share:.0%}"

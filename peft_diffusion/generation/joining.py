@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,7 +158,7 @@ class _Own:
         """Whether it has had all steps."""
         return self.ticket.step == len(self.times)
 
-    @property
+    @cached_property  # it is the same at every step, and asked for at each while the picture waits
     def kind(self) -> Hashable:
         """What must be equal within a batch: shapes, and what the whole network is told."""
         leaves, layout = trees.tree_flatten(dict(self.call.named))

@@ -63,20 +63,20 @@ class Region:
         said = [name for name in ("box", "mask", "painted") if getattr(self, name)]
         if len(said) != 1:
             told = f"{' and '.join(said)} at once" if said else "nothing that says where it is"
-            raise UserError(f"a region has {told}; give one of box=0,0,0.5,1, mask=FILE, or painted=FILE color=#ff0000")
+            raise UserError(f"a region has {told}; give box, mask, or painted with its color, one of them")
         if self.painted is not None and not _COLOR.fullmatch(self.color):
-            raise UserError(f"a painted region has the colour {self.color!r}; say which it is, as color=#ff0000")
+            raise UserError(f"a painted region has the colour {self.color!r}; say which it is, with a color as #ff0000")
         if self.painted is None and self.color:
-            raise UserError("color is of a painted picture; name that with painted=FILE")
+            raise UserError("color is of a painted picture; give that too, as painted")
         if self.box:
             self._check_box()
 
     def _check_box(self) -> None:
         box = tuple(self.box)
         if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(f"box={','.join(f'{one:g}' for one in box)} is none: left, top, right, bottom, as 0,0,0.5,1")
+            raise UserError(f"box {','.join(f'{one:g}' for one in box)} is none: left, top, right, bottom, as 0,0,0.5,1")
         if max(box) > 1 and any(one != int(one) for one in box):
-            raise UserError(f"box={','.join(f'{one:g}' for one in box)} mixes pixels and shares; give all of one kind")
+            raise UserError(f"box {','.join(f'{one:g}' for one in box)} mixes pixels and shares; give all of one kind")
 
     def check(self) -> None:
         """Find out what can be told without the base.

@@ -207,8 +207,9 @@ class Division:
         """
         for number, part in enumerate(self.parts, 1):
             if not bool(part.area.coverage(width, height).any()):
-                where = "its mask is black" if part.area.box is None else f"box={part.area.text()} lies outside"
-                raise UserError(f"region {number} holds nothing of a picture of {width}x{height}: {where}")
+                where = "its mask is black" if part.area.box is None else f"its box {part.area.text()} lies outside"
+                which = f"region {number} of {len(self.parts)}"  # which nobody takes for a place counted from 0
+                raise UserError(f"{which} holds nothing of a picture of {width}x{height}: {where}")
         return replace(self, parts=tuple(replace(part, area=part.area.shared(width, height)) for part in self.parts))
 
     def worded(self, prompts: Iterator[str]) -> "Division":

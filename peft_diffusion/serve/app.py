@@ -18,6 +18,7 @@ from .bodies import OWN, Drawing, Extras, ImageToImage, PngInfo, TextToImage
 from .engine import Engine, memory
 from .guard import Guard, error_body
 from .settings import ServeConfig
+from .wording import as_request
 from .worker import FullError, Job
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def application(config: ServeConfig, engine: Engine) -> ASGIApp:
 def _errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status = error.status_code if isinstance(error, HTTPException) else 503 if isinstance(error, FullError) else 400
-        detail = str(error.detail) if isinstance(error, HTTPException) else str(error)
+        detail = str(error.detail) if isinstance(error, HTTPException) else as_request(str(error))
         return JSONResponse(error_body(type(error).__name__, detail), status)
 
     async def failed(request: Request, error: Exception) -> JSONResponse:

@@ -39,6 +39,7 @@ from ..library.library import Library
 from . import inpainting, names, pictures
 from .bodies import Drawing, ImageToImage, RegionBody, TextToImage
 from .settings import ServeConfig
+from .wording import PLACE, as_request
 from .worker import Company, Job
 
 _LONGEST = 10_000  # letters of a prompt
@@ -262,14 +263,18 @@ def _check_limits(body: Drawing, serving: ServeConfig) -> None:
     """Raise UserError for more than the server does."""
     own, batch, rounds = body.own, *(1 if one is None else one for one in (body.batch_size, body.n_iter))
     if own.auto is not None and not serving.max_auto:
-        raise UserError("auto chooses adapters of a library, which this server does not: start serve with --max-auto 2")
+        raise UserError(
+            f"{PLACE}.auto chooses adapters of a library, which this server does not: start serve with --max-auto 2"
+        )
     if says_of_edges(own.region_feather, own.region_isolation) and not own.region and own.regions == "given":
-        raise UserError("region_feather and region_isolation are of regions; send region, or regions as auto, too")
+        raise UserError(
+            f"region_feather and region_isolation of {PLACE} are of regions; send region there, or regions as auto, too"
+        )
     for name, value, most in (
         ("prompt", len(body.prompt or ""), _LONGEST),
         ("negative_prompt", len(body.negative_prompt or ""), _LONGEST),
-        *((f"the prompt of region {n}", len(one.prompt or ""), _LONGEST) for n, one in enumerate(own.region, 1)),
-        ("auto", own.auto or 0, serving.max_auto),
+        *((f"{_place(n)}.prompt", len(one.prompt or ""), _LONGEST) for n, one in enumerate(own.region)),
+        (f"{PLACE}.auto", own.auto or 0, serving.max_auto),
         ("steps", body.steps or 0, serving.max_steps),
         ("batch_size", batch, serving.max_batch),
         ("batch_size times n_iter", batch * rounds, serving.max_pictures),
@@ -280,9 +285,14 @@ def _check_limits(body: Drawing, serving: ServeConfig) -> None:
         raise UserError(f"n_iter must be 1 or more, not {rounds}")
 
 
+def _place(number: int) -> str:
+    """Where a request has a region."""
+    return f"{PLACE}.region[{number}]"
+
+
 def _region(body: RegionBody, number: int) -> Region:
     """A region by the settings of ``generate``; its pictures are named by where the request has them. Raises UserError."""
-    where = f"region[{number}]"
+    where = _place(number)
     mask, painted = (f"{where}.{name}" if getattr(body, name) else None for name in ("mask", "painted"))
     try:
         return Region(box=body.box or (), mask=mask, painted=painted, color=body.color, prompt=body.prompt)
@@ -306,11 +316,11 @@ def areas_of(body: Drawing, config: GenerateConfig, serving: ServeConfig) -> tup
     """
     if config.region and isinstance(body, ImageToImage) and body.mask and body.inpaint_full_res is not False:
         raise UserError(
-            "regions are of the whole picture, and inpaint_full_res draws the part around the mask alone; send it as false,"
-            " or leave the regions away"
+            f"{PLACE}.region is of the whole picture, and inpaint_full_res draws the part around the mask alone; send that"
+            " as false, or leave the regions away"
         )
     sent = {
-        f"region[{number}].{name}": getattr(one, name)
+        f"{_place(number)}.{name}": getattr(one, name)
         for number, one in enumerate(body.own.region)
         for name in ("mask", "painted")
     }
@@ -471,8 +481,8 @@ class _Read:
         """Note what a person should know; an observer."""
         if isinstance(event, Chosen):
             self.chosen.append(event)
-        if isinstance(event, (Warned, Noted)) and event.message not in self.notes:
-            self.notes.append(event.message)
+        if isinstance(event, (Warned, Noted)) and (note := as_request(event.message)) not in self.notes:
+            self.notes.append(note)
 
     def order(self, numbers: Sequence[int], files: Files) -> Order:
         """What is drawn for some of its pictures, by what their adapters need. Raises UserError as `order_of` does."""

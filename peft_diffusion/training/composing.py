@@ -26,7 +26,7 @@ from ..core.settings import pick, portable, to_json
 from ..formats import Plan
 from ..formats.composition import CompositionSpec, Member, write
 from .drawing import Drawing
-from .events import Data, HeldOut
+from .events import Data
 from .loop.trainer import PlainPasses, Trainer
 from .machine.memory_plan import Load
 from .machine.processes import Processes
@@ -82,7 +82,13 @@ class ComposeResult(RunResult):
             f"wrote {self.output} ({self.numbers:,} numbers, {self.seconds:.0f} s); settings, metrics and report.html are in"
             f" {self.run_dir}"
         )
-        return (*losses, wrote, f"next: {self.next_command}")
+        apart = []
+        if self.held_out_before is not None and self.held_out_after is not None:
+            share = self.held_out_after / self.held_out_before - 1
+            apart = [
+                f"pictures kept apart: loss {self.held_out_before:.4f} before, {self.held_out_after:.4f} now ({share:+.1%})"
+            ]
+        return (*losses, *apart, wrote, f"next: {self.next_command}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class ComposeSource:
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "ComposeMaterial":
         """Load the base, read the folders and encode the pictures."""
         training = _as_training(self.asked, self.plans)
-        prepared = prepare(training, self.pipe, _without_held_out(tell), self.drawing, processes, folder)
+        prepared = prepare(training, self.pipe, tell, self.drawing, processes, folder)
         return ComposeMaterial(_resolved(self.asked, prepared), prepared, self.plans)
 
 
@@ -199,7 +205,9 @@ class ComposeMaterial:
         counts = Counter(picture.dataset for picture in kept)
         repeats = [round(max(counts.values()) / counts[picture.dataset]) for picture in kept]
         train = replace(prepared.train, repeats=repeats if set(repeats) != {1} else ())
-        return ComposingTask(self.base, self.names, self.config.kind, self.config.balance_weight, settings, train)
+        return ComposingTask(
+            self.base, self.names, self.config.kind, self.config.balance_weight, settings, train, prepared.held_out
+        )
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -256,15 +264,19 @@ class ComposeMaterial:
             config.adapters, data=config.data, kind=config.kind, base=config.base, output=config.output,
             run_dir=config.run_dir, device=config.device, precision=config.precision,
         )  # fmt: skip
-        return Facts(defaults=to_json(_resolved(plain, self.prepared)), held_out="")
+        apart = len(self.prepared.of_run.apart)
+        held_out = f"{apart} of them are kept apart to measure on" if apart else ""
+        return Facts(defaults=to_json(_resolved(plain, self.prepared)), held_out=held_out)
 
     def next_command(self) -> str:
-        """What to type to draw with what was learned."""
+        """What to type to draw with what was learned; adapters are found beside its file, and named where they are not."""
         config = self.config
+        beside = config.output.absolute().parent
+        named = [str(one.path) for one in self.plans if one.path.absolute().parent != beside]
         base = None if config.base == ComposeTrainConfig.base else config.base
         triggers = [one.triggers[0] for one in map(_member, self.plans) if one.triggers]
         flags = {"compose-file": str(config.output), "base": base}
-        return next_command("generate", ", ".join(triggers) or "a picture", flags, self.plugins)
+        return next_command("generate", ", ".join(triggers) or "a picture", flags, self.plugins, named)
 
     @cached_property
     def before(self) -> tuple[float, ...]:
@@ -285,6 +297,8 @@ class ComposeMaterial:
         """What the run gave."""
         config, before, after = self.config, self.before, self._measured()
         training = portable(config) | self.task.summary() | {"loss_before": list(before), "loss": list(after)}
+        if found.held_out_after is not None:
+            training |= {"held_out_loss_before": found.held_out_before, "held_out_loss": found.held_out_after}
         members = tuple(_member(one) for one in self.plans)
         made = CompositionSpec(config.kind, members, self.task.blocks, asdict(self.info), training, found.output)
         numbers = sum(one.numel() for one in self.task.learned.parameters())
@@ -342,17 +356,12 @@ def _as_training(config: ComposeTrainConfig, plans: Sequence[Plan]) -> TrainConf
         own: dict[str, str] = {name: str(told[name]) for name in _CAPTIONS if told.get(name)}
         folders.append(Dataset(folder, **own))  # type: ignore[arg-type]
     shared: Mapping[str, Any] = {name: getattr(config, name) for name in (
-        "base", "steps", "batch_size", "seed", "missing_captions", "resolution", "device", "precision",
+        "base", "steps", "batch_size", "seed", "missing_captions", "resolution", "device", "precision", "held_out",
     )}  # fmt: skip
     return TrainConfig(
-        dataset=tuple(folders), output=config.target, run_dir=config.folder, preview_steps=0, held_out=0.0,
-        caption_dropout=0.0, **shared,
+        dataset=tuple(folders), output=config.target, run_dir=config.folder, preview_steps=0, caption_dropout=0.0,
+        **shared,
     )  # fmt: skip
-
-
-def _without_held_out(tell: Observer) -> Observer:
-    """The same observer, which is not told that nothing is kept apart: there is no setting for it."""
-    return lambda event: None if isinstance(event, HeldOut) else tell(event)
 
 
 def _refuse_twice(plans: Sequence[Plan]) -> None:

@@ -139,7 +139,7 @@ class HeldOut(Event):
         count: How many.
         of: How many there are.
         wanted: Whether some should have been.
-        least: How many pictures it takes for some to be kept apart unless it is said.
+        least: How many pictures it takes for some to be kept apart unless it is said; 0 where it was said.
     """
 
     count: int
@@ -152,7 +152,8 @@ class HeldOut(Event):
         if self.count:
             hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
             return (f"{number_of(self.count, 'picture')} kept apart: the loss there shows when to stop{hint}",)
-        few = "there is but one picture; " if self.wanted else f"fewer than {self.least} pictures; "
+        one = "there is but one picture; " if self.of == 1 else "each data set has but one picture; "
+        few = one if self.wanted else f"fewer than {self.least} pictures; "
         why = few if self.wanted or self.of < self.least else ""
         return (f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)",)
 

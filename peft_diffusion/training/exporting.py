@@ -1,5 +1,6 @@
 """``runs export``: the adapter in a checkpoint of a run, as an adapter file."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..formats.file import DTYPES
 from .attachment import NAME, attach, selected_components, spec_of, trained, triggers, with_words
 from .loop.optimizers import OPTIMIZERS
 from .record import checkpoint as checkpoints
+from .record import run_record
 from .record.checkpoint import Checkpoint
 from .record.run_folder import RunFolder, check_output
 from .settings.export import ExportConfig, layout_of_step, of_step
@@ -100,10 +102,7 @@ def _settings_of(found: Checkpoint, where: Path) -> ResolvedConfig | ResolvedTex
     """The settings of the run. Raises UserError where this version does not know them."""
     told: Mapping[str, Any] = found.origin.config
     if told.get(FILES, {}).get(WEIGHED):
-        raise UserError(
-            f"{where} is of a run that weighs adapters, and has none to export; to end it at a step, and have its file: "
-            f"peft-diffusion compose train --config RUN/config.toml --resume --steps {found.state.step}"
-        )
+        raise UserError(f"{where} is of a run that weighs adapters, and has none to export{_ended_at(found, where)}")
     known = {**told, "resume": False, "overwrite": False, "asked": {}, "derived": {}}
     try:
         if "folder" in told:
@@ -111,6 +110,19 @@ def _settings_of(found: Checkpoint, where: Path) -> ResolvedConfig | ResolvedTex
         return pick(ResolvedTextConfig, _defaults(ResolvedTextConfig), known)
     except (TypeError, UserError) as error:
         raise UserError(f"{where} holds settings that this version does not know: {error}") from None
+
+
+def _ended_at(found: Checkpoint, where: Path) -> str:
+    """How a run that weighs adapters gives its file at a step, where the run folder can be told."""
+    run = RunFolder(where.parent.parent if where.is_file() else where)
+    step = f"--resume --steps {found.state.step}"
+    if not run.holds_a_run():  # the checkpoint lies elsewhere now
+        return f"; its run gives its file at that step with {step}"
+    settings = shlex.quote(str(run.path / run_record.CONFIG))
+    newest = max(run.steps(), default=found.state.step)
+    if newest > found.state.step:
+        step = f"--resume --steps {newest}"  # one that it has passed has no file any more
+    return f"; to have its file of step {newest}: peft-diffusion compose train --config {settings} {step}"
 
 
 def _defaults(kind: type[Settings]) -> dict[str, Any]:

@@ -851,7 +851,9 @@ def origin_of(
     return Origin(settings, digest(items), base)
 
 
-def next_command(command: str, prompt: str, flags: Mapping[str, str | None], modules: Sequence[str]) -> str:
+def next_command(
+    command: str, prompt: str, flags: Mapping[str, str | None], modules: Sequence[str], adapters: Sequence[str] = ()
+) -> str:
     """Write the command that uses what a run learned.
 
     Args:
@@ -859,12 +861,13 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None], mod
         prompt: What it is given first.
         flags: Values by flag, without dashes; those that are None are left away.
         modules: The plug-ins that are needed.
+        adapters: Adapter files that are needed beside what was learned.
 
     Returns:
         The command line, quoted for a shell.
     """
     present = [(name, value) for name, value in flags.items() if value is not None]
-    present += [("plugin", module) for module in modules]
+    present += [*(("adapter", path) for path in adapters), *(("plugin", module) for module in modules)]
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)
     if prompt.startswith("-"):  # which would be read as a flag before the --
         return f"peft-diffusion {command}{given} -- {shlex.quote(prompt)}"

@@ -10,6 +10,7 @@ from ...core.settings import (
     COUNT,
     NATURAL,
     POSITIVE,
+    SHARE,
     Flag,
     OnePath,
     OptionalPath,
@@ -83,12 +84,24 @@ class ComposeTrainConfig:
     resolution: int | None = setting(
         None, "Pixels a side of a square picture; by default the base's.", DATA, Range(1, 8192), unit="pixels"
     )
+    held_out: float = setting(
+        0.0,
+        "Share of the pictures of all folders kept apart to measure on with each checkpoint (0 to below 1); a few numbers "
+        "hardly learn pictures by heart, so 0, which learns from all, is the usual one.",
+        DATA,
+        SHARE,
+    )
     run_dir: OptionalPath = as_in(TextTrainConfig, "run_dir")
     resume: bool = as_in(SharedConfig, "resume")
     overwrite: bool = as_in(SharedConfig, "overwrite")
     log_every: int = as_in(SharedConfig, "log_every")
     save_every: int = setting(
-        25, "Steps between checkpoints, from which a run that was stopped goes on.", WATCH, COUNT, free_on_resume=True
+        25,
+        "Steps between checkpoints, from which a run that was stopped goes on; each comes with a measurement on what "
+        "--held-out keeps apart.",
+        WATCH,
+        COUNT,
+        free_on_resume=True,
     )
     keep_checkpoints: int = as_in(SharedConfig, "keep_checkpoints")
     log_with: LogWith | None = as_in(SharedConfig, "log_with")

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -251,7 +252,8 @@ def prepare(
     parts = parts_of(resolved, resolved.resolution)
     tell(Arranged((*describe_buckets(arranged.fits), *subfolders.describe(kept))))
     _tell_alone(arranged, resolved.batch_size * processes.size, tell)
-    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), FEW_FROM))
+    least = FEW_FROM if config.held_out is None else 0
+    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), least))
     _tell_odd(config, resolved, apart, arranged.least / batches, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
@@ -434,14 +436,19 @@ def _read_pictures(config: TrainConfig, parts: Parts, tell: Observer) -> list[Tr
 
 
 def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[list[TrainingImage], list[TrainingImage]]:
-    """Pictures to train on and pictures kept apart, each in their order; at least one to train on.
+    """Pictures to train on and pictures kept apart, each in their order; at least one of each data set to train on.
 
     What is in several data sets is in all of them on the same side, or it would be measured on what was learned.
     """
     contents = list(dict.fromkeys(one.digest for one in pictures))
     count = min(max(1, round(len(contents) * config.held_out)), len(contents) - 1) if config.held_out else 0
     chance = random.Random(seed_of(config.seed, "held out"))
-    apart = set(chance.sample(contents, count))
+    drawn = chance.sample(contents, count)
+    left, apart = Counter(one.dataset for one in pictures), set[str]()
+    for digest in dict.fromkeys([*drawn, *contents]):  # those that are not drawn stand in for others that have to stay
+        own = Counter(one.dataset for one in pictures if one.digest == digest)
+        if len(apart) < count and all(number < left[dataset] for dataset, number in own.items()):
+            left, apart = left - own, apart | {digest}
     return [one for one in pictures if one.digest not in apart], [one for one in pictures if one.digest in apart]
 
 
