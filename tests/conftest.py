@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 without_waiting()
 if "PYTEST_XDIST_WORKER" in os.environ:  # before coverage looks at what runs, which makes these imports take twice as long
+    import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
     import transformers.models.clip.modeling_clip  # noqa: F401
 
 
@@ -194,6 +195,33 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "other"
     make_pipe(seed=1, width=48).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def read_bases_once() -> Iterator[None]:
+    """What this process draws with is a copy of a base that was read once: reading takes ten times as long as copying."""
+    from copies import Copies
+
+    from peft_diffusion import bases
+    from peft_diffusion.generation import memory
+
+    read: dict[str, Copies[DiffusionPipeline]] = {}
+
+    def lent(source: "str | DiffusionPipeline", **options: Any) -> "DiffusionPipeline":
+        if not isinstance(source, str) or not Path(source).is_dir() or options["quantize"] is not None:
+            return bases.load_base(source, **options)
+        key = repr((source, sorted(options.items())))
+        if key not in read:
+            read[key] = Copies(partial(bases.load_base, source, **options))
+        pipe = read[key].copy()
+        for name, part in pipe.components.items():
+            if name.startswith("tokenizer"):  # as in `_copied`
+                setattr(pipe, name, type(part).from_pretrained(Path(source, name)))
+        return pipe
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "load_base", lent)
+        yield
 
 
 def measure_little(patched: pytest.MonkeyPatch) -> None:

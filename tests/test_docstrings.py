@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -157,13 +157,20 @@ def of_function(one: Documented, node: Function) -> Iterator[str]:
         yield "no Raises"
 
 
-TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
-PACKAGE = Package(TREES)
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """All modules, read when the first test asks: every process that collects the tests imports this one."""
+    return {path: ast.parse(path.read_text("utf-8")) for path in FILES}
+
+
+@cache
+def package() -> Package:
+    return Package(trees())
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_what_is_public_is_explained(path: Path) -> None:
-    assert list(problems(TREES[path], PACKAGE)) == []
+    assert list(problems(trees()[path], package())) == []
 
 
 BAD = '''

@@ -44,6 +44,7 @@ from peft_diffusion.methods.lora import Lora
 Make: TypeAlias = Callable[..., list[Picture]]
 STEPS = 3
 ONE_LEVEL = 1  # of 255
+pytestmark = pytest.mark.usefixtures("read_bases_once")
 
 
 @pytest.fixture(scope="module")

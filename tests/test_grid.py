@@ -16,6 +16,8 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 
+pytestmark = pytest.mark.usefixtures("read_bases_once")
+
 
 @pytest.mark.slow
 def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
