@@ -4,7 +4,7 @@ import copy
 import functools
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,6 @@ CASES = [
 
 # Compiling takes seconds, and what it could get wrong does not depend on the dtype.
 _ONCE = [one for one in CASES if one[2] == "float32"]
-once_a_case = pytest.mark.parametrize("case", _ONCE, ids="-".join, indirect=True)
 # Nor are a method's sites compiled otherwise in another component where all of them are linear layers: LoRA is, on each.
 _LAYERS = {"attention+ff", "all-linear", "attention", "outputs"}
 _COMPILED = [one for one in _ONCE if one[1] == "unet" or one[0] == "lora" or METHODS[one[0]][1] not in _LAYERS]
@@ -192,7 +191,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 _FORMS = {type(method): name for name, (method, _) in reversed(METHODS.items())}
 _FIRST = {name: component for name, component, _ in reversed(CASES) if name in _FORMS.values()}
 DAILY = {one for one in CASES if one[2] == "float32" and (one[0] == "lora" or _FIRST.get(one[0]) == one[1])}
-DAILY_FIRST = [pytest.param(one, marks=() if one in DAILY else pytest.mark.slow) for one in CASES]
+
+
+def daily_first(cases: Iterable[tuple[str, str, str]]) -> list[Any]:
+    """The cases as parameters; those that daily work does not see are slow."""
+    return [pytest.param(one, marks=() if one in DAILY else pytest.mark.slow, id="-".join(one)) for one in cases]
+
+
+DAILY_FIRST = daily_first(CASES)
+once_a_case = pytest.mark.parametrize("case", daily_first(_ONCE), indirect=True)
 
 
 @functools.cache
@@ -231,7 +238,7 @@ def _copies(component: str) -> Copies[nn.Module]:
     return Copies(lambda: components(_made())[component])
 
 
-@pytest.fixture(params=DAILY_FIRST, ids="-".join)
+@pytest.fixture(params=DAILY_FIRST)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     method, component, dtype = request.param
     chosen, target = METHODS[method]

@@ -14,6 +14,7 @@ from conftest import make_pipe, make_xl_pipe
 from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
 from taped import Collecting, tape
+from test_schedulers import parted
 from torch import Tensor
 
 from peft_diffusion.bases.schedulers import FLOW_SCHEDULERS, SCHEDULERS
@@ -188,7 +189,7 @@ def test_memory_that_is_scarce_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert adapters.recordings == 2 and not adapters.plain_parts
 
 
-@pytest.mark.parametrize("name", [*SCHEDULERS, *(f"flow {name}" for name in FLOW_SCHEDULERS)])
+@pytest.mark.parametrize("name", parted([*SCHEDULERS, *(f"flow {name}" for name in FLOW_SCHEDULERS)]))
 def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
     kind, changes = FLOW_SCHEDULERS[name.removeprefix("flow ")] if name.startswith("flow ") else SCHEDULERS[name]
     cls = getattr(diffusers, kind)

@@ -1,6 +1,7 @@
 """Schedulers by the names of A1111, the noise levels that they step through, and adapters for few steps."""
 
 import importlib
+from collections.abc import Iterable
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -115,7 +116,12 @@ def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe
         np.testing.assert_allclose(levels(tiny_pipe, f"{name}-beta").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [one for one in SCHEDULERS if one != "lms" or find_spec("scipy") is not None])
+def parted(names: Iterable[str]) -> list[Any]:
+    """The names as parameters; those are slow whose scheduler in diffusers goes through all thousand timesteps in Python."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith("dpm2") else name for name in names]
+
+
+@pytest.mark.parametrize("name", parted(one for one in SCHEDULERS if one != "lms" or find_spec("scipy") is not None))
 def test_uniform_is_that_of_k_diffusion_or_refused(name: str, tiny_pipe: DiffusionPipeline) -> None:
     """Its ``get_sigmas``: timesteps from the noisiest to the cleanest, both among them; PLMS takes the second twice."""
     if name in ("dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd"):
