@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+from peft_diffusion import formats
 from peft_diffusion.bases import checksum, components, digest, load_base, load_lm
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import AdapterDict, StoredPair
@@ -161,7 +162,30 @@ def test_a_failed_load_changes_nothing(files: list[Path], tiny_pipe: DiffusionPi
     assert adapters.load(files[0]) == "ink_2"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("on", [True, False])
+def test_garbage_is_looked_for_after_a_load_and_not_in_it(
+    files: list[Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    adapters, within, read = Adapters(tiny_pipe), list[bool](), formats.load
+
+    def reading(*given: Any, **how: Any) -> Any:
+        within.append(gc.isenabled())
+        return read(*given, **how)
+
+    monkeypatch.setattr(formats, "load", reading)
+    if not on:
+        gc.disable()
+    try:
+        for change in (adapters.load, functools.partial(adapters.swap, "ink")):
+            change(files[0])
+            assert gc.isenabled() == on  # as the host has it
+        with pytest.raises(UserError, match="is loaded already"):
+            adapters.load(files[0], "ink")
+        assert gc.isenabled() == on and within == [False, False]
+    finally:
+        gc.enable()
+
+
 def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     module.forward = functools.partial(module.forward)

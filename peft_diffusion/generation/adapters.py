@@ -24,6 +24,7 @@ from ..core import site as sites
 from ..core.adapter import Adapter, StoredPair
 from ..core.block_names import weighed
 from ..core.changes import one_at_a_time
+from ..core.collector import without_collecting
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
@@ -196,6 +197,7 @@ class Adapters:
         return LoadedAdapter(name, None, Spec(), report, ())
 
     @one_at_a_time
+    @without_collecting()
     def load(
         self,
         source: str | Path | Plan,
@@ -374,6 +376,7 @@ class Adapters:
                 self._tiers.prefetch(name)
 
     @one_at_a_time
+    @without_collecting()
     def swap(
         self,
         name: str,
