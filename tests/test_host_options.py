@@ -278,6 +278,21 @@ def test_adapters_come_and_go_between_the_pictures_of_a_base_that_is_offloaded(
 
 
 @pytest.mark.slow
+def test_what_a_host_puts_under_the_buffers_is_what_acts(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    clean, adapters = told(tiny_pipe), Adapters(tiny_pipe)
+    adapters.load(files["ink"])
+    wanted = told(tiny_pipe)
+    assert not torch.equal(clean, wanted)
+    OFFLOADED["leaf"](tiny_pipe)
+    for _ in range(2):  # as group offloading does to another device and back
+        for buffer in {id(one): one for one in tiny_pipe.unet.buffers()}.values():
+            before = buffer.data
+            buffer.data = before.clone()
+            before.zero_()
+        assert torch.equal(told(tiny_pipe), wanted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["sequential", "leaf"])
 def test_when_the_hooks_are_off_again_adapters_can_be_loaded_and_removed(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline

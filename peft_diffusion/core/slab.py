@@ -147,6 +147,7 @@ class Slab(nn.Module):
         self.moves = 0
         self.views: list[SiteView | None] = []
         self._regions: list[_Region | None] = []
+        self._seen: list[int] = []
         self._place({}, torch.zeros(0, dtype=torch.int64, device=device))
         self._host_rows = torch.zeros(0, dtype=torch.int64)
 
@@ -298,9 +299,22 @@ class Slab(nn.Module):
         everything = ((place, region) for place, region in enumerate(self._regions) if region is not None)
         self._fill([(place, held) for place, region in everything for held in region.held.values()])
 
+    def follow(self) -> None:
+        """Look at the numbers where they are now: a host may have put other memory under the buffers, as diffusers' group
+        offloading does by ``tensor.data``, of which views learn nothing."""
+        if self._seen != self._addresses():
+            self.device = self._rows.device
+            self.moves += 1
+            self._look()
+
+    def _addresses(self) -> list[int]:
+        """Where the buffers lie."""
+        return [buffer.data_ptr() for buffer in self.buffers()]
+
     def _look(self) -> None:
         """Make the views."""
         flats, rows = self._flats, self._rows
+        self._seen = self._addresses()
         self.views = [
             None if one is None else SiteView(*_matrices(one, flats), cut(rows, one.rows, (one.room,)))
             for one in self._regions

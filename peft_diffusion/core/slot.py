@@ -185,12 +185,15 @@ class Slot(nn.Module):
         """Bring all that is here to where the site computes, and leave it there: it is small beside what is offloaded.
 
         Offloading layer by layer moves the weights of a site for each call, and leaves a slot alone: see `named_children`.
+        Offloading by groups finds buffers in the slot and puts other memory under them.
 
         Args:
             device: Where the input of the site lies.
         """
         if any(tensor.device != device for tensor in itertools.chain(self.parameters(), self.buffers())):
             self.to(device)
+        if self.packed is not None:
+            self.component.slab.follow()
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Name nothing. What walks a model by the names of its children looks for layers to move elsewhere or to replace.
