@@ -812,6 +812,9 @@ def test_every_flag_of_generate_is_a_field_of_requests_or_one_of_serve_or_cannot
             "library remove --missing, not --steps-a --hires-steps",
             "library remove --missing, not --steps-a hr_second_pass_steps",
         ),
+        ("there is no adapter 'a --seed 3'; say --steps", "there is no adapter 'a --seed 3'; say steps"),
+        (f"{'it isn' + chr(39) + 't --tile'!r}: the base's --tile", "\"it isn't --tile\": the base's tiling"),
+        (f"{chr(39) + chr(34) + ' --tile'!r} and --tile", "'\\'\" --tile' and tiling"),
     ],
 )
 def test_what_drawing_says_is_told_in_the_words_of_requests(said: str, told: str) -> None:

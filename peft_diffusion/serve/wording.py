@@ -25,7 +25,8 @@ FIELDS: Mapping[str, str] = MappingProxyType(
 """The field of a request for each setting of ``generate`` that one has."""
 
 _OF_SERVER = frozenset(one.name for one in fields(ServeConfig)) - FIELDS.keys()
-_FLAG = re.compile(r"(?<![\w-])(?P<of>serve(?:'s)? (?:with )?)?(?P<flag>--[a-z][a-z0-9-]*)(?![\w-])")
+_QUOTED = r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)"""  # as repr writes what a person sent; no apostrophe
+_FLAG = re.compile(rf"{_QUOTED}|(?<![\w-])(?P<of>serve(?:'s)? (?:with )?)?(?P<flag>--[a-z][a-z0-9-]*)(?![\w-])", re.DOTALL)
 _NAMES = {flag(name): name for name in (*FIELDS, *_OF_SERVER)}
 
 
@@ -37,12 +38,13 @@ def as_request(message: str) -> str:
 
     Returns:
         The same with the fields of requests in their place, those of our own script with their place the first time. What
-        only the person who starts the server can say is told as a flag of ``serve``.
+        only the person who starts the server can say is told as a flag of ``serve``. What is quoted, as a prompt or the name
+        of an adapter, stays as it was sent.
     """
     told: set[str] = set()
 
     def field(found: re.Match[str]) -> str:
-        name = _NAMES.get(found["flag"])
+        name = _NAMES.get(found["flag"] or "")  # what is quoted has none, and stays
         if name is None or found["of"]:
             return found[0]
         if name in _OF_SERVER:
