@@ -157,6 +157,10 @@ def test_a_mean_that_is_0_but_for_rounding_is_not_brought_back() -> None:
     ratio = (alone / plain).median(-1).values[0]
     assert torch.allclose(ratio, torch.tensor([1.0, 1.0, 1.3, *[1.0] * 74]), atol=1e-4)
     assert torch.equal(text.encode(["a (red:1.3) cat"])[0], alone)
+    for dtype in (torch.bfloat16, torch.float16):  # whose means are farther from 0 by their rounding
+        pipe.to(dtype)
+        (alone,), (plain,) = (text.encode([one]) for one in ("a (red:1.3) cat", "a red cat"))
+        assert torch.equal(alone[:, :2], plain[:, :2]) and torch.equal(alone[:, 3:], plain[:, 3:])
 
 
 @pytest.mark.slow

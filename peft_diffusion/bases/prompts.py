@@ -21,7 +21,7 @@ prompt, (prompts, width). The tokens are those of one chunk, or of several, one 
 
 CHUNK = 75
 """Tokens of a chunk of CLIP, without those that mark start and end."""
-_ROUNDING = 1e-6  # of a mean, as a share of the mean size of its numbers: some eight times what each is rounded by
+_ROUNDING = 1e-6  # of a mean in float32, as a share of the mean size of its numbers: eight times what each is rounded by
 _OF_PROMPTS = ("ids_", "mask_", "emphasis_", "hidden")  # what names of tensors of prompts begin with
 
 
@@ -327,7 +327,8 @@ def _weighed(hidden: Tensor, emphasis: Tensor, empty: Tensor | None) -> Tensor:
         return torch.where(factors == 1, hidden, (hidden - empty) * factors + empty)
     weighed = hidden * factors
     before, after = (one.float().mean((1, 2), keepdim=True) for one in (hidden, weighed))
-    least = _ROUNDING * hidden.float().abs().mean((1, 2), keepdim=True)
+    rounding = max(_ROUNDING, torch.finfo(hidden.dtype).eps / math.sqrt(hidden[0].numel()))  # each number's own, in the mean
+    least = rounding * hidden.float().abs().mean((1, 2), keepdim=True)
     known = (before.abs() > least) & (after.abs() > least)
     return weighed * torch.where(known, before / after, 1).to(hidden.dtype)
 
