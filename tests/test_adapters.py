@@ -186,6 +186,7 @@ def test_garbage_is_looked_for_after_a_load_and_not_in_it(
         gc.enable()
 
 
+@pytest.mark.slow
 def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     module.forward = functools.partial(module.forward)
