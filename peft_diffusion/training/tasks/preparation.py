@@ -440,15 +440,18 @@ def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[l
 
     What is in several data sets is in all of them on the same side, or it would be measured on what was learned.
     """
-    contents = list(dict.fromkeys(one.digest for one in pictures))
-    count = min(max(1, round(len(contents) * config.held_out)), len(contents) - 1) if config.held_out else 0
-    chance = random.Random(seed_of(config.seed, "held out"))
-    drawn = chance.sample(contents, count)
+    places: dict[str, Counter[int]] = {}  # how often each is in each data set
+    for one in pictures:
+        places.setdefault(one.digest, Counter())[one.dataset] += 1
+    count = min(max(1, round(len(places) * config.held_out)), len(places) - 1) if config.held_out else 0
+    drawn = random.Random(seed_of(config.seed, "held out")).sample(list(places), count)
     left, apart = Counter(one.dataset for one in pictures), set[str]()
-    for digest in dict.fromkeys([*drawn, *contents]):  # those that are not drawn stand in for others that have to stay
-        own = Counter(one.dataset for one in pictures if one.digest == digest)
-        if len(apart) < count and all(number < left[dataset] for dataset, number in own.items()):
-            left, apart = left - own, apart | {digest}
+    for digest in dict.fromkeys([*drawn, *places]):  # those that are not drawn stand in for others that have to stay
+        if len(apart) == count:
+            break
+        if all(number < left[dataset] for dataset, number in places[digest].items()):
+            left.subtract(places[digest])
+            apart.add(digest)
     return [one for one in pictures if one.digest not in apart], [one for one in pictures if one.digest in apart]
 
 
