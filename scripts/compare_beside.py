@@ -10,9 +10,12 @@ training saw
 - the interference, as ``evaluate`` has it: by how much the loss of each one's drawings rises when the other is on too, both
   at strength 1, as a share of its loss alone;
 - how often a judge tells its own style of what it draws, alone and with the other on;
+- all of it again with the second at lower strengths, where both were trained alone;
 
 and prints how much less each rise is than of two that were trained alone, with intervals of 95% over drawings (each the mean
-over seeds), and whether what was trained beside does worse alone. A run with the same ``--output`` goes on.
+over seeds), and whether what was trained beside does worse alone. Where it does, it is weaker, and a weaker one interferes
+less however it was trained. So a second table compares at equal style: the one that was trained alone is taken at the least
+strength at which it fits drawings of its own style as well as the other one. A run with the same ``--output`` goes on.
 """
 
 import argparse
@@ -75,6 +78,8 @@ VARIANTS: Mapping[str, Variant] = {
     "keep": Variant(KEEP, prompts=True),
     "dropout": Variant(DROPOUT),
     "keep 3, dropout": Variant({"beside_keep": 3.0, **DROPOUT}, prompts=True),
+    "keep, dropout, 600 steps": Variant({**BESIDE, "steps": 600}, prompts=True),
+    "keep 3, dropout, 600 steps": Variant({"beside_keep": 3.0, **DROPOUT, "steps": 600}, prompts=True),
     "its pictures, dropout": Variant(DROPOUT, pictures=True),
     "keep, dropout, orthogonal": Variant({**BESIDE, "orthogonal": 1.0}, prompts=True),
     "parts of a basis": Variant(beside=False, basis=True),
@@ -236,6 +241,8 @@ def measure_one(job: tuple[Job, argparse.Namespace]) -> str:
         for side, own in (("first", one.first), ("second", one.second)):
             for kind, amounts in (("alone", {own: 1.0}), ("both", {one.first: 1.0, one.second: 1.0})):
                 found[f"{side} {kind}"] = _measured(bench, own, amounts, options)
+        if one.variant == PLAIN:
+            found["weaker"] = [_weaker(bench, one, strength, options) for strength in options.strengths]
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return f"{one.stem}: trained in {trained:.0f} s, measured in {time.monotonic() - began - trained:.0f} s"
 
@@ -253,6 +260,18 @@ def _measured(bench: Workbench, own: str, amounts: Mapping[str, float], options:
     return {"losses": losses, "told": right.mean(1).tolist()}
 
 
+def _weaker(bench: Workbench, job: Job, strength: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured with the second at a lower strength, and the first at 1."""
+    both = {job.first: 1.0, job.second: strength}
+    used = Bench(bench.adapters, Sampling(batch_size=options.batch, device=options.device), seeds=())
+    return {
+        "strength": strength,
+        "second alone": _measured(bench, job.second, {job.second: strength}, options),
+        "second both": {"losses": used.losses(bench.unseen[job.second], both)},
+        "first both": {"losses": used.losses(bench.unseen[job.first], both)},
+    }
+
+
 def report(options: argparse.Namespace) -> None:
     """Write and print the table of all that was measured."""
     found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
@@ -260,21 +279,33 @@ def report(options: argparse.Namespace) -> None:
         one = json.loads(path.read_text("utf-8"))
         job = Job(**one["job"])
         found.setdefault((job.variant, job.first, job.second), {})[job.seed] = one
-    rows, figures = [], []
+    rows, equal, figures = [], [], []
     for name in VARIANTS:
         for first, second in permutations(options.styles, 2):
             plain, own = found.get((PLAIN, first, second), {}), found.get((name, first, second), {})
             seeds = sorted(set(plain) & set(own))
             if not seeds:
                 continue
+            which = f"{second} beside {first}"
             compared = Compared([plain[seed] for seed in seeds], [own[seed] for seed in seeds])
             figures.append({"variant": name, "first": first, "second": second, "seeds": seeds, **compared.figures()})
-            rows.append((name, f"{second} beside {first}", *compared.words()))
+            rows.append((name, which, *compared.words()))
+            if name != PLAIN and all("weaker" in one for one in compared.plain):
+                at_equal = compared.at_equal_style()
+                figures[-1]["at equal style"] = at_equal.figures()
+                equal.append((name, which, *at_equal.words()))
     headings = (
         "how", "which", "the first rises by", "less", "the second rises by", "less", "the second's loss alone",
         "told right alone, first", "second", "with the other, first", "second",
     )  # fmt: skip
-    text = markdown_table(headings, rows)
+    tables = [markdown_table(headings, rows)]
+    if equal:
+        headings = (
+            "how, at equal style", "which", "strength of the second trained alone", "told right, trained alone, beside",
+            "the first rises by", "less", "the second rises by", "less",
+        )  # fmt: skip
+        tables.append(markdown_table(headings, equal))
+    text = "\n".join(tables)
     write_results(options.output, circumstances(options) | {"rows": figures}, text)
     print(text)
 
@@ -325,10 +356,7 @@ class Compared:
         cells = []
         for side in ("first", "second"):
             before, after = (estimate(self.rises(several, side)) for several in (self.plain, self.own))
-            met = self.less(side)
-            gone = f"{1 - after.mean / before.mean:.0%}" if before.low > 0 else "had none"
-            mark = "yes" if met.low > 0 else "no" if met.high < 0 else "open"
-            cells += [f"{before.mean:+.1%} to {after.mean:+.1%}", f"{gone}, {mark}"]
+            cells += [f"{before.mean:+.1%} to {after.mean:+.1%}", verdict(before, after, self.less(side))]
         alone = self.alone()
         cells.append(f"{alone.mean:+.1%} ±{100 * (alone.half or 0):.1f}")
         for kind in ("alone", "both"):
@@ -348,6 +376,80 @@ class Compared:
                 found[f"{side} told {kind} more"] = self.told(side, kind).plain()
         return found
 
+    def at_equal_style(self) -> "AtEqualStyle":
+        """The same, with the second that was trained alone at the least strength at which it does as well alone.
+
+        Between the strengths that were measured each loss is taken to change evenly.
+        """
+        aim = sum(self._losses(self.own, "second alone"))
+        count = len(self.plain[0]["weaker"])
+        steps = [
+            (self.plain[0]["weaker"][one]["strength"], [plain["weaker"][one] for plain in self.plain])
+            for one in range(count)
+        ]
+        steps = [*sorted(steps, key=lambda step: step[0]), (1.0, list(self.plain))]
+        sums = [sum(self._losses(several, "second alone")) for _, several in steps]
+        place = next((one for one, total in enumerate(sums) if total <= aim), len(steps) - 1)
+        before = max(0, place - 1)
+        part = 1.0 if place == before or sums[place] >= aim else (sums[before] - aim) / (sums[before] - sums[place])
+
+        def between(kind: str) -> list[float]:
+            early, late = (self._losses(steps[one][1], kind) for one in (before, place))
+            return [(1 - part) * a + part * b for a, b in zip(early, late, strict=True)]
+
+        losses = {kind: between(kind) for kind in ("first both", "second alone", "second both")}
+        losses["first alone"] = self._losses(self.plain, "first alone")
+        told = [[sum(one["second alone"]["told"]) for one in steps[at][1]] for at in (before, place)]
+        shares = [sum(several) / len(several) / len(self.plain[0]["second alone"]["told"]) for several in told]
+        strength = (1 - part) * steps[before][0] + part * steps[place][0]
+        return AtEqualStyle(self, strength, losses, (1 - part) * shares[0] + part * shares[1])
+
+
+@dataclass(frozen=True)
+class AtEqualStyle:
+    """What was trained beside, against the second trained alone at a strength at which both fit their style equally well."""
+
+    compared: Compared
+    strength: float
+    losses: Mapping[str, list[float]]
+    told: float
+
+    def rises(self, side: str) -> list[float]:
+        """By how much the loss of each drawing rises where both were trained alone, the second at that strength."""
+        return [
+            after / before - 1
+            for before, after in zip(self.losses[f"{side} alone"], self.losses[f"{side} both"], strict=True)
+        ]
+
+    def less(self, side: str) -> Estimate:
+        """As of `Compared`."""
+        pairs = zip(self.rises(side), self.compared.rises(self.compared.own, side), strict=True)
+        return estimate([(1 - ASKED) * before - after for before, after in pairs])
+
+    def words(self) -> list[str]:
+        """The cells of a row."""
+        told = self.compared.share(self.compared.own, "second", "alone")
+        cells = [f"{self.strength:.2f}", f"{self.told:.0%}, {told:.0%}"]
+        for side in ("first", "second"):
+            before, after = estimate(self.rises(side)), estimate(self.compared.rises(self.compared.own, side))
+            cells += [f"{before.mean:+.1%} to {after.mean:+.1%}", verdict(before, after, self.less(side))]
+        return cells
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as data."""
+        found: dict[str, Any] = {"strength": self.strength, "told": self.told}
+        for side in ("first", "second"):
+            found[f"{side} rises"] = estimate(self.rises(side)).plain()
+            found[f"{side} less than asked"] = self.less(side).plain()
+        return found
+
+
+def verdict(before: Estimate, after: Estimate, met: Estimate) -> str:
+    """How much of a rise is gone, and whether that is as much as asked."""
+    gone = f"{1 - after.mean / before.mean:.0%}" if before.low > 0 else "had none"
+    mark = "yes" if met.low > 0 else "no" if met.high < 0 else "open"
+    return f"{gone}, {mark}"
+
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -360,6 +462,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=48, help="drawings of each style that losses are measured on")
     parser.add_argument("--prompts", type=int, default=len(HELD_OUT), help="that each style is asked for")
     parser.add_argument("--noises", type=int, default=4, help="that each prompt is drawn from")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.85], help="lower ones, of the second"
+    )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
     parser.add_argument("--batch", type=int, default=48, help="pictures at once")
     parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")

@@ -226,6 +226,28 @@ def test_rises_are_shares_and_the_answer_is_whether_a_third_is_gone() -> None:
     assert words[-2:] == ["50% to 75%", "50% to 75%"]
 
 
+def weaker(strength: float, first: float, second: float, alone: float, told: float) -> dict[str, Any]:
+    """What was measured of the same two with the second at a lower strength."""
+    found = measured(first, second, alone)
+    return {"strength": strength, **found, "second alone": {**found["second alone"], "told": [told] * 2}}
+
+
+def test_at_equal_style_the_second_that_was_alone_is_as_weak_as_the_other_one() -> None:
+    plain = measured(0.3, 0.06)
+    plain["weaker"] = [weaker(0.8, 0.2, 0.1, 1.04, 0.4), weaker(0.4, 0.1, 0.3, 1.2, 0.2)]  # in any order
+    # In the middle between 0.8 and 1, as its loss is: a third of 0.25 is more than what is left, and than what is not.
+    found = Compared([plain, plain], [measured(0.1, 0.07, alone=1.02)] * 2).at_equal_style()
+    assert found.strength == pytest.approx(0.9) and found.told == pytest.approx(0.45)
+    assert found.rises("first") == pytest.approx([0.2475, 0.25, 0.2525])
+    both, alone = (1.04 * 1.099 + 1.0594) / 2, 1.02
+    assert found.rises("second")[0] == pytest.approx(both / alone - 1)
+    assert found.words()[2:4] == ["+25.0% to +10.0%", "60%, yes"]
+    # Where it does no worse than the one that was alone, and where it does worse than that at the lowest strength measured.
+    assert Compared([plain], [measured(0.1, 0.07, alone=0.9)]).at_equal_style().strength == 1
+    weakest = Compared([plain], [measured(0.1, 0.07, alone=1.5)]).at_equal_style()
+    assert weakest.strength == 0.4 and weakest.told == pytest.approx(0.2)
+
+
 def test_every_variant_has_files_of_its_own_and_comes_after_what_it_needs() -> None:
     jobs = [Job(0, "a", "b", name) for name in compare_beside.VARIANTS]
     assert len({job.stem for job in jobs}) == len(jobs)
