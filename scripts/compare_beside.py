@@ -300,11 +300,11 @@ def report(options: argparse.Namespace) -> None:
     )  # fmt: skip
     tables = [markdown_table(headings, rows)]
     if equal:
-        headings = (
+        at_equal_style = (
             "how, at equal style", "which", "strength of the second trained alone", "told right, trained alone, beside",
             "the first rises by", "less", "the second rises by", "less",
         )  # fmt: skip
-        tables.append(markdown_table(headings, equal))
+        tables.append(markdown_table(at_equal_style, equal))
     text = "\n".join(tables)
     write_results(options.output, circumstances(options) | {"rows": figures}, text)
     print(text)
