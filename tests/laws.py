@@ -113,7 +113,7 @@ class Case:
         chosen = self.model if model is None else model
         generator = torch.Generator().manual_seed(7)
         if self.component == "unet":
-            x = torch.randn(4, 4, 8, 8, generator=generator).to(self.dtype)[batch]
+            x = torch.randn(4, 4, 4, 4, generator=generator).to(self.dtype)[batch]
             text = torch.randn(4, 7, 32, generator=generator).to(self.dtype)[batch]
             return _output(self.component, chosen, x, torch.tensor(500), text)
         return _output(self.component, chosen, torch.randint(2, 150, (4, 12), generator=generator)[batch])
