@@ -28,7 +28,7 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.record.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 KILLS, FULL, SEED = 8, 8, 7  # two kills a step
 

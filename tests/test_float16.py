@@ -16,7 +16,7 @@ from peft_diffusion.training.events import Step, StepLeftOut
 from peft_diffusion.training.loop import loss_scale
 from peft_diffusion.training.loop.loss_scale import LossScale
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 def test_the_scale_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
