@@ -272,10 +272,10 @@ def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: 
     train(small(pictures, tmp_path / "a", preset="subject", steps=1), pipe=make_pipe(), observers=[told.append])
     only(ClassNotKept, told)
     told.clear()
-    config = small(pictures, tmp_path / "b", held_out=0.25, unet_lr=100.0, steps=1, clip=0.0)
+    config = small(pictures, tmp_path / "b", held_out=0.25, unet_lr=100.0, steps=3, clip=0.0)
     found = find_rates(config, pipe=make_pipe(), observers=[told.append])
     started = only(SearchStarted, told)
-    assert (started.short, started.steps, started.before) == (1, 1, found.before)
+    assert (started.short, started.steps, started.before) == (3, 3, found.before)
     assert sorted(event.trial.factor for event in of(TrialEnded, told)) == sorted(one.factor for one in found.trials)
     assert only(RatesFound, told).found == found and found.factor < 1
     only(LookGains, told)
