@@ -421,7 +421,8 @@ class Course:
 
     @staticmethod
     def _told(measured: Sequence[Mapping[str, Any]]) -> float:
-        return mean(share for one in measured for share in one["second alone"]["told"])
+        shares: list[float] = [share for one in measured for share in one["second alone"]["told"]]
+        return mean(shares)
 
     @staticmethod
     def _between(place: float, columns: Sequence[Sequence[float]]) -> list[float]:
@@ -457,8 +458,9 @@ class AtEqualStyle:
         """By how much the loss of each drawing rises with the other on, of what was trained alone and beside."""
         found = []
         for course, place in zip((self.plain, self.own), self.places, strict=True):
-            # The first alone is the same whatever the second's strength.
-            before = course.losses(float(course.strengths.index(1.0)) if side == "first" else place, f"{side} alone")
+            # The first alone is the same whatever the second's strength, and was measured once.
+            at_one = course.measured[course.strengths.index(1.0)]
+            before = losses_of(at_one, "first alone") if side == "first" else course.losses(place, "second alone")
             found.append(
                 [late / early - 1 for early, late in zip(before, course.losses(place, f"{side} both"), strict=True)]
             )

@@ -229,6 +229,8 @@ def test_rises_are_shares_and_the_answer_is_whether_a_third_is_gone() -> None:
 def at(strength: float, first: float, second: float, alone: float, told: float) -> dict[str, Any]:
     """What was measured of the same two with the second at another strength."""
     found = measured(first, second, alone)
+    if strength != 1:
+        del found["first alone"]  # which is measured once
     return {"strength": strength, **found, "second alone": {**found["second alone"], "told": [told] * 2}}
 
 
