@@ -10,12 +10,12 @@ training saw
 - the interference, as ``evaluate`` has it: by how much the loss of each one's drawings rises when the other is on too, both
   at strength 1, as a share of its loss alone;
 - how often a judge tells its own style of what it draws, alone and with the other on;
-- all of it again with the second at lower strengths, where both were trained alone;
+- all of it again with the second at other strengths: lower ones where both were trained alone, else higher ones;
 
 and prints how much less each rise is than of two that were trained alone, with intervals of 95% over drawings (each the mean
 over seeds), and whether what was trained beside does worse alone. Where it does, it is weaker, and a weaker one interferes
-less however it was trained. So a second table compares at equal style: the one that was trained alone is taken at the least
-strength at which it fits drawings of its own style as well as the other one. A run with the same ``--output`` goes on.
+less however it was trained. So two tables compare at strengths of equal style, by the loss and by the judge: see
+`AtEqualStyle`. A run with the same ``--output`` goes on.
 """
 
 import argparse
@@ -24,10 +24,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
 import torch
 
@@ -52,6 +53,8 @@ from scripts.build_base.sources import icon_set
 from scripts.measuring import circumstances, in_processes, markdown_table, run, write_results
 
 ASKED = 1 / 3  # of the rise that has to go
+Style = Literal["loss", "told"]  # how well drawings that nobody trained on are fitted, or pictures told by a judge
+STYLES: tuple[Style, ...] = ("loss", "told")
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ VARIANTS: Mapping[str, Variant] = {
     "keep": Variant(KEEP, prompts=True),
     "dropout": Variant(DROPOUT),
     "keep 3, dropout": Variant({"beside_keep": 3.0, **DROPOUT}, prompts=True),
-    "keep, dropout, 600 steps": Variant({**BESIDE, "steps": 600}, prompts=True),
     "keep 3, dropout, 600 steps": Variant({"beside_keep": 3.0, **DROPOUT, "steps": 600}, prompts=True),
     "its pictures, dropout": Variant(DROPOUT, pictures=True),
+    "its pictures 3, dropout": Variant({"prior_weight": 3.0, **DROPOUT}, pictures=True),
     "keep, dropout, orthogonal": Variant({**BESIDE, "orthogonal": 1.0}, prompts=True),
     "parts of a basis": Variant(beside=False, basis=True),
     "keep, dropout, then the first": Variant(BESIDE, prompts=True, onto=BOTH),
@@ -241,8 +244,8 @@ def measure_one(job: tuple[Job, argparse.Namespace]) -> str:
         for side, own in (("first", one.first), ("second", one.second)):
             for kind, amounts in (("alone", {own: 1.0}), ("both", {one.first: 1.0, one.second: 1.0})):
                 found[f"{side} {kind}"] = _measured(bench, own, amounts, options)
-        if one.variant == PLAIN:
-            found["weaker"] = [_weaker(bench, one, strength, options) for strength in options.strengths]
+        others = options.weaker if one.variant == PLAIN else options.stronger
+        found["others"] = [_at(bench, one, strength, options) for strength in others]
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return f"{one.stem}: trained in {trained:.0f} s, measured in {time.monotonic() - began - trained:.0f} s"
 
@@ -260,8 +263,8 @@ def _measured(bench: Workbench, own: str, amounts: Mapping[str, float], options:
     return {"losses": losses, "told": right.mean(1).tolist()}
 
 
-def _weaker(bench: Workbench, job: Job, strength: float, options: argparse.Namespace) -> dict[str, Any]:
-    """What is measured with the second at a lower strength, and the first at 1."""
+def _at(bench: Workbench, job: Job, strength: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured with the second at another strength, and the first at 1."""
     both = {job.first: 1.0, job.second: strength}
     used = Bench(bench.adapters, Sampling(batch_size=options.batch, device=options.device), seeds=())
     return {
@@ -279,7 +282,8 @@ def report(options: argparse.Namespace) -> None:
         one = json.loads(path.read_text("utf-8"))
         job = Job(**one["job"])
         found.setdefault((job.variant, job.first, job.second), {})[job.seed] = one
-    rows, equal, figures = [], [], []
+    rows, figures = [], []
+    equal: dict[Style, list[tuple[str, ...]]] = {kind: [] for kind in STYLES}
     for name in VARIANTS:
         for first, second in permutations(options.styles, 2):
             plain, own = found.get((PLAIN, first, second), {}), found.get((name, first, second), {})
@@ -290,21 +294,22 @@ def report(options: argparse.Namespace) -> None:
             compared = Compared([plain[seed] for seed in seeds], [own[seed] for seed in seeds])
             figures.append({"variant": name, "first": first, "second": second, "seeds": seeds, **compared.figures()})
             rows.append((name, which, *compared.words()))
-            if name != PLAIN and all("weaker" in one for one in compared.plain):
-                at_equal = compared.at_equal_style()
-                figures[-1]["at equal style"] = at_equal.figures()
-                equal.append((name, which, *at_equal.words()))
+            if name != PLAIN and all("others" in one for one in (*compared.plain, *compared.own)):
+                for kind in STYLES:
+                    at_equal = AtEqualStyle(Course.of(compared.plain), Course.of(compared.own), kind)
+                    figures[-1][f"at equal style by {kind}"] = at_equal.figures()
+                    equal[kind].append((name, which, *at_equal.words()))
     headings = (
         "how", "which", "the first rises by", "less", "the second rises by", "less", "the second's loss alone",
         "told right alone, first", "second", "with the other, first", "second",
     )  # fmt: skip
     tables = [markdown_table(headings, rows)]
-    if equal:
-        at_equal_style = (
-            "how, at equal style", "which", "strength of the second trained alone", "told right, trained alone, beside",
-            "the first rises by", "less", "the second rises by", "less",
+    for kind in STYLES:
+        of_equals = (
+            f"how, at equal style by {kind}", "which", "strength of the second, alone and beside", "told right",
+            "the loss of the one trained beside", "the first rises by", "less", "the second rises by", "less",
         )  # fmt: skip
-        tables.append(markdown_table(at_equal_style, equal))
+        tables += [markdown_table(of_equals, equal[kind])] if equal[kind] else []
     text = "\n".join(tables)
     write_results(options.output, circumstances(options) | {"rows": figures}, text)
     print(text)
@@ -319,13 +324,8 @@ class Compared:
 
     def rises(self, several: Sequence[Mapping[str, Any]], side: str) -> list[float]:
         """By how much the loss of each drawing rises with the other on, as a share of its loss alone."""
-        alone, both = self._losses(several, f"{side} alone"), self._losses(several, f"{side} both")
+        alone, both = losses_of(several, f"{side} alone"), losses_of(several, f"{side} both")
         return [after / before - 1 for before, after in zip(alone, both, strict=True)]
-
-    @staticmethod
-    def _losses(several: Sequence[Mapping[str, Any]], part: str) -> list[float]:
-        """The loss of each drawing, as the mean over seeds."""
-        return [sum(column) / len(several) for column in zip(*(one[part]["losses"] for one in several), strict=True)]
 
     def less(self, side: str) -> Estimate:
         """By how much less it rises than of two that were trained alone, beyond what is asked: above 0 where it is met."""
@@ -334,7 +334,7 @@ class Compared:
 
     def alone(self) -> Estimate:
         """By how much the second's loss alone is higher than where it was trained alone, as a share."""
-        before, after = (self._losses(several, "second alone") for several in (self.plain, self.own))
+        before, after = (losses_of(several, "second alone") for several in (self.plain, self.own))
         return estimate([late / early - 1 for early, late in zip(before, after, strict=True)])
 
     def told(self, side: str, kind: str) -> Estimate:
@@ -376,72 +376,131 @@ class Compared:
                 found[f"{side} told {kind} more"] = self.told(side, kind).plain()
         return found
 
-    def at_equal_style(self) -> "AtEqualStyle":
-        """The same, with the second that was trained alone at the least strength at which it does as well alone.
 
-        Between the strengths that were measured each loss is taken to change evenly.
-        """
-        aim = sum(self._losses(self.own, "second alone"))
-        count = len(self.plain[0]["weaker"])
-        steps = [
-            (self.plain[0]["weaker"][one]["strength"], [plain["weaker"][one] for plain in self.plain])
-            for one in range(count)
-        ]
-        steps = [*sorted(steps, key=lambda step: step[0]), (1.0, list(self.plain))]
-        sums = [sum(self._losses(several, "second alone")) for _, several in steps]
-        place = next((one for one, total in enumerate(sums) if total <= aim), len(steps) - 1)
-        before = max(0, place - 1)
-        part = 1.0 if place == before or sums[place] >= aim else (sums[before] - aim) / (sums[before] - sums[place])
+@dataclass(frozen=True)
+class Course:
+    """What was measured at several strengths of the second, each of all seeds, in order of the strengths."""
 
-        def between(kind: str) -> list[float]:
-            early, late = (self._losses(steps[one][1], kind) for one in (before, place))
-            return [(1 - part) * a + part * b for a, b in zip(early, late, strict=True)]
+    strengths: Sequence[float]
+    measured: Sequence[Sequence[Mapping[str, Any]]]
 
-        losses = {kind: between(kind) for kind in ("first both", "second alone", "second both")}
-        losses["first alone"] = self._losses(self.plain, "first alone")
-        told = [[sum(one["second alone"]["told"]) for one in steps[at][1]] for at in (before, place)]
-        shares = [sum(several) / len(several) / len(self.plain[0]["second alone"]["told"]) for several in told]
-        strength = (1 - part) * steps[before][0] + part * steps[place][0]
-        return AtEqualStyle(self, strength, losses, (1 - part) * shares[0] + part * shares[1])
+    @classmethod
+    def of(cls, several: Sequence[Mapping[str, Any]]) -> "Course":
+        """Read those of one variant."""
+        steps = [(1.0, list(several))]
+        for place, one in enumerate(several[0]["others"]):
+            steps.append((one["strength"], [each["others"][place] for each in several]))
+        steps.sort(key=lambda step: step[0])
+        return cls([strength for strength, _ in steps], [measured for _, measured in steps])
+
+    def losses(self, place: float, kind: str) -> list[float]:
+        """The loss of each drawing, as the mean over seeds, which between two strengths is taken to change evenly."""
+        return self._between(place, [losses_of(measured, kind) for measured in self.measured])
+
+    def told(self, place: float) -> float:
+        """The share of the second's pictures, drawn with it alone, that are told its style."""
+        return self._between(place, [[self._told(measured)] for measured in self.measured])[0]
+
+    def strength(self, place: float) -> float:
+        """The strength at a place."""
+        return self._between(place, [[strength] for strength in self.strengths])[0]
+
+    def best(self) -> float:
+        """The greatest share that is told right at any of the strengths."""
+        return max(self._told(measured) for measured in self.measured)
+
+    def least(self, kind: Style, aim: float) -> float:
+        """The place of the least strength at which the second's style is as much as asked; the last where it never is."""
+        found = [self._told(one) if kind == "told" else -sum(losses_of(one, "second alone")) for one in self.measured]
+        place = next((number for number, one in enumerate(found) if one >= aim), None)
+        if place is None:
+            return float(len(found) - 1)
+        if place == 0:
+            return 0.0
+        return place - (found[place] - aim) / (found[place] - found[place - 1])
+
+    @staticmethod
+    def _told(measured: Sequence[Mapping[str, Any]]) -> float:
+        shares: list[float] = [share for one in measured for share in one["second alone"]["told"]]
+        return mean(shares)
+
+    @staticmethod
+    def _between(place: float, columns: Sequence[Sequence[float]]) -> list[float]:
+        low, part = int(place), place - int(place)
+        pairs = zip(columns[low], columns[min(low + 1, len(columns) - 1)], strict=True)
+        return [(1 - part) * before + part * after for before, after in pairs]
 
 
 @dataclass(frozen=True)
 class AtEqualStyle:
-    """What was trained beside, against the second trained alone at a strength at which both fit their style equally well."""
+    """Two that go together against the same two trained alone, the second of either at a strength at which styles are equal.
 
-    compared: Compared
-    strength: float
-    losses: Mapping[str, list[float]]
-    told: float
+    By ``loss``, what was trained beside is at strength 1, and what was trained alone at the least strength at which it fits
+    drawings of its own style as well. By ``told``, what was trained beside is at the least strength at which as many of its
+    pictures are told its style as of what was trained alone, or as many as ever are, and that then at the least strength
+    at which as many are.
+    """
 
-    def rises(self, side: str) -> list[float]:
-        """By how much the loss of each drawing rises where both were trained alone, the second at that strength."""
-        return [
-            after / before - 1
-            for before, after in zip(self.losses[f"{side} alone"], self.losses[f"{side} both"], strict=True)
-        ]
+    plain: Course
+    own: Course
+    kind: Style
+
+    @cached_property
+    def places(self) -> tuple[float, float]:
+        """The places of both in their courses."""
+        if self.kind == "loss":
+            own = float(self.own.strengths.index(1.0))
+            return self.plain.least(self.kind, -sum(self.own.losses(own, "second alone"))), own
+        own = self.own.least(self.kind, min(self.own.best(), self.plain.told(self.plain.strengths.index(1.0))))
+        return self.plain.least(self.kind, self.own.told(own)), own
+
+    def rises(self, side: str) -> tuple[list[float], list[float]]:
+        """By how much the loss of each drawing rises with the other on, of what was trained alone and beside."""
+        found = []
+        for course, place in zip((self.plain, self.own), self.places, strict=True):
+            # The first alone is the same whatever the second's strength, and was measured once.
+            at_one = course.measured[course.strengths.index(1.0)]
+            before = losses_of(at_one, "first alone") if side == "first" else course.losses(place, "second alone")
+            found.append(
+                [late / early - 1 for early, late in zip(before, course.losses(place, f"{side} both"), strict=True)]
+            )
+        return found[0], found[1]
 
     def less(self, side: str) -> Estimate:
         """As of `Compared`."""
-        pairs = zip(self.rises(side), self.compared.rises(self.compared.own, side), strict=True)
-        return estimate([(1 - ASKED) * before - after for before, after in pairs])
+        return estimate([(1 - ASKED) * before - after for before, after in zip(*self.rises(side), strict=True)])
 
     def words(self) -> list[str]:
         """The cells of a row."""
-        told = self.compared.share(self.compared.own, "second", "alone")
-        cells = [f"{self.strength:.2f}", f"{self.told:.0%}, {told:.0%}"]
+        plain, own = self.places
+        losses = [
+            sum(course.losses(place, "second alone"))
+            for course, place in zip((self.plain, self.own), self.places, strict=True)
+        ]
+        cells = [
+            f"{self.plain.strength(plain):.2f}, {self.own.strength(own):.2f}",
+            f"{self.plain.told(plain):.0%}, {self.own.told(own):.0%}",
+            f"{losses[1] / losses[0] - 1:+.1%}",
+        ]
         for side in ("first", "second"):
-            before, after = estimate(self.rises(side)), estimate(self.compared.rises(self.compared.own, side))
+            before, after = (estimate(rises) for rises in self.rises(side))
             cells += [f"{before.mean:+.1%} to {after.mean:+.1%}", verdict(before, after, self.less(side))]
         return cells
 
     def figures(self) -> dict[str, Any]:
         """All of it as data."""
-        found: dict[str, Any] = {"strength": self.strength, "told": self.told}
+        plain, own = self.places
+        found: dict[str, Any] = {"strengths": [self.plain.strength(plain), self.own.strength(own)]}
+        found["told"] = [self.plain.told(plain), self.own.told(own)]
         for side in ("first", "second"):
-            found[f"{side} rises"] = estimate(self.rises(side)).plain()
+            found[f"{side} rises"] = [estimate(rises).plain() for rises in self.rises(side)]
             found[f"{side} less than asked"] = self.less(side).plain()
         return found
+
+
+def losses_of(several: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
+    """The loss of each drawing, as the mean over seeds."""
+    return [sum(column) / len(several) for column in zip(*(one[kind]["losses"] for one in several), strict=True)]
 
 
 def verdict(before: Estimate, after: Estimate, met: Estimate) -> str:
@@ -463,8 +522,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=len(HELD_OUT), help="that each style is asked for")
     parser.add_argument("--noises", type=int, default=4, help="that each prompt is drawn from")
     parser.add_argument(
-        "--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.85], help="lower ones, of the second"
+        "--weaker", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.85], help="strengths of one trained alone"
     )
+    parser.add_argument("--stronger", type=float, nargs="+", default=[1.25, 1.5], help="strengths of one trained beside")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
     parser.add_argument("--batch", type=int, default=48, help="pictures at once")
     parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")

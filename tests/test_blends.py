@@ -22,7 +22,7 @@ from scripts import compare_beside, compare_blends
 from scripts.blends import curves, judges, make_data, ways
 from scripts.blends.trained import BESIDE, config_of
 from scripts.build_base.make_samples import HELD_OUT
-from scripts.compare_beside import BOTH, PLAIN, Compared, Job
+from scripts.compare_beside import BOTH, PLAIN, AtEqualStyle, Compared, Course, Job
 from scripts.compare_blends import PAIRS, Found, points_of, report
 from scripts.measuring import in_processes
 
@@ -226,26 +226,35 @@ def test_rises_are_shares_and_the_answer_is_whether_a_third_is_gone() -> None:
     assert words[-2:] == ["50% to 75%", "50% to 75%"]
 
 
-def weaker(strength: float, first: float, second: float, alone: float, told: float) -> dict[str, Any]:
-    """What was measured of the same two with the second at a lower strength."""
+def at(strength: float, first: float, second: float, alone: float, told: float) -> dict[str, Any]:
+    """What was measured of the same two with the second at another strength."""
     found = measured(first, second, alone)
+    if strength != 1:
+        del found["first alone"]  # which is measured once
     return {"strength": strength, **found, "second alone": {**found["second alone"], "told": [told] * 2}}
 
 
-def test_at_equal_style_the_second_that_was_alone_is_as_weak_as_the_other_one() -> None:
-    plain = measured(0.3, 0.06)
-    plain["weaker"] = [weaker(0.8, 0.2, 0.1, 1.04, 0.4), weaker(0.4, 0.1, 0.3, 1.2, 0.2)]  # in any order
-    # In the middle between 0.8 and 1, as its loss is: a third of 0.25 is more than what is left, and than what is not.
-    found = Compared([plain, plain], [measured(0.1, 0.07, alone=1.02)] * 2).at_equal_style()
-    assert found.strength == pytest.approx(0.9) and found.told == pytest.approx(0.45)
-    assert found.rises("first") == pytest.approx([0.2475, 0.25, 0.2525])
-    both, alone = (1.04 * 1.099 + 1.0594) / 2, 1.02
-    assert found.rises("second")[0] == pytest.approx(both / alone - 1)
-    assert found.words()[2:4] == ["+25.0% to +10.0%", "60%, yes"]
-    # Where it does no worse than the one that was alone, and where it does worse than that at the lowest strength measured.
-    assert Compared([plain], [measured(0.1, 0.07, alone=0.9)]).at_equal_style().strength == 1
-    weakest = Compared([plain], [measured(0.1, 0.07, alone=1.5)]).at_equal_style()
-    assert weakest.strength == 0.4 and weakest.told == pytest.approx(0.2)
+def test_at_equal_style_both_seconds_are_as_strong_as_that_takes() -> None:
+    plain = measured(0.3, 0.06) | {"others": [at(0.8, 0.2, 0.1, 1.04, 0.4), at(0.4, 0.1, 0.3, 1.2, 0.2)]}  # in any order
+    own = at(1.0, 0.1, 0.07, 1.02, 0.25) | {"others": [at(1.5, 0.2, 0.05, 1.1, 0.75)]}
+    courses = Course.of([plain, plain]), Course.of([own, own])
+    # By the loss: in the middle between 0.8 and 1, as its loss is. What is left is less than two thirds of 0.25.
+    found = AtEqualStyle(*courses, "loss")
+    assert found.words()[:3] == ["0.90, 1.00", "45%, 25%", "+0.0%"]
+    assert found.rises("first")[0] == pytest.approx([0.2475, 0.25, 0.2525])
+    assert found.rises("second")[0][0] == pytest.approx((1.04 * 1.099 + 1.0594) / 2 / 1.02 - 1)
+    assert found.words()[3:5] == ["+25.0% to +10.0%", "60%, yes"]
+    # By the judge: as many as of the one that was alone at 1, which is half of the way from 1 to 1.5.
+    found = AtEqualStyle(*courses, "told")
+    assert found.words()[:2] == ["1.00, 1.25", "50%, 50%"] and found.rises("first")[1][1] == pytest.approx(0.15)
+    assert found.words()[3:5] == ["+30.0% to +15.0%", "50%, yes"]
+    # Where it is never told as often, the one that was alone is weaker too.
+    found = AtEqualStyle(courses[0], Course.of([own | {"others": [at(1.5, 0.2, 0.05, 1.1, 0.3)]}]), "told")
+    assert found.words()[:2] == ["0.60, 1.50", "30%, 30%"]
+    # Where it does better than the other one ever does, and where worse than that at the lowest strength that was measured.
+    best = AtEqualStyle(courses[0], Course.of([at(1.0, 0.1, 0.07, 0.9, 0.9) | {"others": []}]), "loss")
+    worst = AtEqualStyle(courses[0], Course.of([at(1.0, 0.1, 0.07, 1.5, 0.9) | {"others": []}]), "loss")
+    assert (best.words()[0], worst.words()[0]) == ("1.00, 1.00", "0.40, 1.00")
 
 
 def test_every_variant_has_files_of_its_own_and_comes_after_what_it_needs() -> None:

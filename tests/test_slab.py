@@ -14,7 +14,7 @@ from test_methods_own import save_mixture
 from peft_diffusion import UserError
 from peft_diffusion.core import site, slab
 from peft_diffusion.core.adapter import Adapter, LowRank, Pair, PairForm, Piece, StoredPair
-from peft_diffusion.core.slab import LivePair
+from peft_diffusion.core.slab import LivePair, Wanted
 from peft_diffusion.core.slot import state_of
 from peft_diffusion.generation import Adapters, Schedule
 
@@ -212,9 +212,11 @@ def test_pairs_of_a_file_go_to_a_device_with_one_copy(dtype: torch.dtype, monkey
         raise NotImplementedError
 
     form = PairForm("down", "up", None, 2.0, (4, 8), (5, 4), lambda number, rank: number / rank, build)
-    pairs: list[Pair] = [StoredPair(form, Piece(file, at), Piece(file, at + 32), 2.0, 0.5) for at in (3, 700, 203)]
-    down, up = torch.randn(2, 3), torch.randn(4, 2)
+    starts = (3, 700, 103, 203, 303, 203)  # the last four at equal distances, and one that a view would have to go back to
+    pairs: list[Pair] = [StoredPair(form, Piece(file, at), Piece(file, at + 32), 2.0, 0.5) for at in starts]
+    down, up = torch.randn(2, 8), torch.randn(5, 2)
     pairs.append(LivePair(Live(down, up), 2))  # of an adapter, elsewhere
+    wanted = [Wanted(f"blocks.{n}.q", (5, 8), dtype, {"own"}, {"own": (n // 6, pair)}) for n, pair in enumerate(pairs)]
     copies: list[int] = []
     to = torch.Tensor.to
 
@@ -224,13 +226,15 @@ def test_pairs_of_a_file_go_to_a_device_with_one_copy(dtype: torch.dtype, monkey
 
     monkeypatch.setattr(torch.Tensor, "to", counted)
     monkeypatch.setattr(slab, "_is_there", lambda flat, device: False)
-    found = slab.uploaded(pairs, torch.device("cpu"))
+    held = slab.Slab(torch.device("cpu"))
+    places = held.hold({}, wanted)
     monkeypatch.undo()
     assert len(copies) == 3 and max(copies) == 752 - 3
-    for one, pair in zip(found, pairs, strict=True):
-        other = pair.matrices()
-        assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up) and one.scale == other.scale
-        assert one.down.data_ptr() != other.down.data_ptr()
+    for number, (place, pair) in enumerate(zip(places, pairs, strict=True)):
+        one, other, view = pair.rank, pair.matrices(), held.views[place]
+        assert view is not None and view.rows[:one].tolist() == [number // 6] * one and not view.down[one:].any()
+        assert torch.equal(view.down[:one], other.down.to(dtype)) and not view.up[one:].any()
+        assert torch.equal(view.up[:one].t(), (other.up.float() * other.scale).to(dtype))
 
 
 @pytest.mark.parametrize("layout", ["kohya", "pickle"])

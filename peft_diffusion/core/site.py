@@ -502,7 +502,7 @@ def _wanted(
             _unpack(slot)
         elif place is None:
             shape = _shape(next(iter(pairs.values()))[1])
-            new.append((slot, Wanted(path.rpartition(".")[0], shape, dtype, names, pairs)))
+            new.append((slot, Wanted(path, shape, dtype, names, pairs)))
         else:
             there[place] = Wanted("", (), dtype, names, pairs)
             slot.run_as(packed or Packed(slab, place), place)

@@ -7,10 +7,11 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import sub
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -68,14 +69,14 @@ class Wanted(NamedTuple):
     """What the region of a site is to hold.
 
     Attributes:
-        parent: The path of what the site is a part of: sites of one parent lie side by side.
+        path: Of the site. Those that are parts of one module lie side by side.
         shape: Of the weight, (out, in, ...).
         dtype: What the site computes in.
         names: Of all its adapters.
         pairs: Those that are to be written, by the name of the adapter, each with its row of the strengths.
     """
 
-    parent: str
+    path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     names: AbstractSet[str]
@@ -97,6 +98,7 @@ class _Region:
     """The part of a slab that a site has; ``down`` and ``up`` are where it begins in the flat tensor of its dtype."""
 
     parent: str
+    role: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     room: int = 0
@@ -104,11 +106,14 @@ class _Region:
     down: int = 0
     up: int = 0
     rows: int = 0
+    width: int = 0
 
-    @property
-    def width(self) -> int:
-        """Numbers of a rank of ``down``."""
-        return math.prod(self.shape[1:])
+    @classmethod
+    def of(cls, wanted: Wanted) -> "_Region":
+        """Make an empty one. A rank of ``down`` has ``width`` numbers; sites of one ``role`` are in like blocks."""
+        *parts, last = wanted.path.split(".")
+        role = ".".join(part for part in (*parts, last) if not part.isdecimal())
+        return cls(".".join(parts), role, wanted.shape, wanted.dtype, width=math.prod(wanted.shape[1:]))
 
     def gap(self, rank: int) -> int | None:
         """The first place with so many free ranks one after the other."""
@@ -116,6 +121,53 @@ class _Region:
         for one in self.held.values():
             taken |= ((1 << one.rank) - 1) << one.start
         return _gap(taken, self.room, rank)
+
+
+class _Places(NamedTuple):
+    """Where the pair of a site begins: ``down``, ``up`` and ``rows`` in the slab, and in the flat tensors of its file."""
+
+    down: int
+    up: int
+    rows: int
+    file_down: int
+    file_up: int
+
+
+@dataclass(slots=True)
+class Series:
+    """The ranks that an adapter has at sites, which lie at equal distances in the slab and in its file: one view is all.
+
+    Attributes:
+        region: Of the first site.
+        held: The ranks there.
+        first: Where they are.
+        steps: How far it is from one to the next; None of a single one.
+        last: Where the last ones are.
+        number: How many sites there are.
+    """
+
+    region: _Region
+    held: _Held
+    first: _Places
+    steps: _Places | None = None
+    last: _Places = field(init=False)
+    number: int = 1
+
+    def __post_init__(self) -> None:
+        self.last = self.first
+
+    def takes(self, at: _Places) -> bool:
+        """Take in the ranks of one more site, where they lie as far on as they would have to."""
+        steps = _Places(*map(sub, at, self.last))
+        if self.steps is None:
+            if steps.down <= 0 or steps.up <= 0 or steps.rows <= 0 or steps.file_down < 0 or steps.file_up < 0:
+                return False  # no view goes backwards
+            self.steps = steps
+        elif steps != self.steps:
+            return False
+        self.last = at
+        self.number += 1
+        return True
 
 
 @lru_cache(maxsize=1000)  # sites that carry the same adapters have the same gaps
@@ -168,7 +220,7 @@ class Slab(nn.Module):
         self._regions += [None] * more
         self.views += [None] * more
         for place, one in zip(places, new, strict=True):
-            self._regions[place] = _Region(one.parent, one.shape, one.dtype)
+            self._regions[place] = _Region.of(one)
         gone: list[tuple[int, _Held]] = []
         placed: list[tuple[int, _Held]] = []
         moving = False
@@ -320,41 +372,53 @@ class Slab(nn.Module):
             for one in self._regions
         ]
 
-    def _parts(self, placed: Iterable[tuple[int, _Held]]) -> list[tuple[Tensor, Tensor]]:
-        """The ranks of adapters at sites: (rank, in, ...) and, as files have it, (out, rank)."""
-        flats = {dtype: (flat, flat.storage_offset()) for dtype, flat in self._flats.items()}
-        found = []
-        for place, held in placed:
-            region = self._region(place)
-            (flat, begin), rank, outputs = flats[region.dtype], held.rank, region.shape[0]
-            shape = (rank, *region.shape[1:])
-            down = flat.as_strided(shape, contiguous(shape), begin + region.down + held.start * region.width)
-            up = flat.as_strided((outputs, rank), (1, outputs), begin + region.up + held.start * outputs)
-            found.append((down, up))
-        return found
+    @torch.no_grad()
+    def _clear(self, gone: Iterable[tuple[int, _Held]]) -> None:
+        series = self._series(gone, apart=False)
+        if series:
+            flats = self._flats
+            torch._foreach_zero_([part for one in series for part in _parts(one, flats)])
 
     @torch.no_grad()
-    def _clear(self, gone: Sequence[tuple[int, _Held]]) -> None:
-        if gone:
-            torch._foreach_zero_(list(itertools.chain.from_iterable(self._parts(gone))))
-
-    @torch.no_grad()
-    def _fill(self, placed: Sequence[tuple[int, _Held]]) -> None:
+    def _fill(self, placed: Iterable[tuple[int, _Held]]) -> None:
         """Write pairs to where they are held, those of one file with one copy to the device."""
-        if placed:
-            places = self._parts(placed)
-            pairs = uploaded([held.pair for _, held in placed], self.device)
+        series = self._series(placed, apart=True)
+        if series:
+            flats = self._flats
+            places = [_parts(one, flats) for one in series]
+            pairs = uploaded(series, self.device)
             # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
             torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
             _fill_scaled([up for _, up in places], pairs)
-        ranks: list[int] = []
-        rows: list[int] = []
-        for place, held in placed:
-            start = self._region(place).rows + held.start
-            ranks += range(start, start + held.rank)
-            rows += [held.row] * held.rank
-        self._host_rows[torch.tensor(ranks, dtype=torch.int64)] = torch.tensor(rows, dtype=torch.int64)
+        for one in series:
+            start, rank = one.first.rows, one.held.rank
+            rows = self._host_rows.as_strided((one.number, rank), (one.steps.rows if one.steps else rank, 1), start)
+            rows.fill_(one.held.row)
         self._rows.copy_(self._host_rows)
+
+    def _series(self, placed: Iterable[tuple[int, _Held]], *, apart: bool) -> list[Series]:
+        """The ranks that adapters have at sites, joined where they lie at equal distances, as in blocks that are alike. With
+        ``apart`` what is of other files, or has other scales or rows, is not joined."""
+        found: list[Series] = []
+        latest: dict[Hashable, Series] = {}
+        for place, held in placed:
+            region, pair = self._region(place), held.pair
+            start, outputs = held.start, region.shape[0]
+            down, up = region.down + start * region.width, region.up + start * outputs
+            alike: Hashable = region.role, region.shape, region.dtype, held.rank
+            if not apart:
+                at = _Places(down, up, region.rows + start, 0, 0)
+            elif isinstance(pair, StoredPair):
+                at = _Places(down, up, region.rows + start, pair.down.start, pair.up.start)
+                alike = alike, held.row, pair.scale, id(pair.down.flat), id(pair.up.flat)
+            else:
+                found.append(Series(region, held, _Places(down, up, region.rows + start, 0, 0)))
+                continue
+            before = latest.get(alike)
+            if before is None or not before.takes(at):
+                latest[alike] = one = Series(region, held, at)
+                found.append(one)
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self._flats:
@@ -417,32 +481,45 @@ def _fill_scaled(places: list[Tensor], pairs: Sequence[Matrices]) -> None:
         torch._foreach_mul_([places[one] for one in held], [pairs[one].scale for one in held])
 
 
-def uploaded(pairs: Sequence[Pair], device: torch.device) -> list[Matrices]:
+def _parts(series: Series, flats: Mapping[torch.dtype, Tensor]) -> tuple[Tensor, Tensor]:
+    """The ranks of a series: (number, rank, in, ...) and, as files have it, (number, out, rank)."""
+    flat, rank, (outputs, *inputs) = flats[series.region.dtype], series.held.rank, series.region.shape
+    begin, first, number = flat.storage_offset(), series.first, series.number
+    shape = (rank, *inputs)
+    next_down, next_up = (series.steps.down, series.steps.up) if series.steps else (math.prod(shape), outputs * rank)
+    down = flat.as_strided((number, *shape), (next_down, *contiguous(shape)), begin + first.down)
+    return down, flat.as_strided((number, outputs, rank), (next_up, 1, outputs), begin + first.up)
+
+
+def uploaded(series: Sequence[Series], device: torch.device) -> list[Matrices]:
     """Bring pairs to a device, with one copy for all that lie in one flat tensor, as those of a file do.
 
     Args:
-        pairs: On the CPU, or where they are to be.
+        series: Of pairs on the CPU, or where they are to be.
         device: The device.
 
     Returns:
-        Their matrices there; on the CPU those of files are where they were read.
+        Their matrices there, (number, rank, in, ...) and (number, out, rank); on the CPU those of files are where they were
+        read.
     """
-    flats = _copied([pair for pair in pairs if isinstance(pair, StoredPair)], device)
+    flats = _copied(series, device)
     found = []
-    for pair in pairs:
+    for one in series:
+        pair = one.held.pair
         if isinstance(pair, StoredPair):
-            form = pair.form
+            down_shape, up_shape = pair.form.down_shape, pair.form.up_shape
             (down, before), (up, above) = flats[id(pair.down.flat)], flats[id(pair.up.flat)]
-            found.append(
-                Matrices(
-                    down.as_strided(form.down_shape, contiguous(form.down_shape), pair.down.start + before),
-                    up.as_strided(form.up_shape, contiguous(form.up_shape), pair.up.start + above),
-                    pair.scale,
-                )
+            next_down = one.steps.file_down if one.steps else math.prod(down_shape)
+            next_up = one.steps.file_up if one.steps else math.prod(up_shape)
+            downs = down.as_strided(
+                (one.number, *down_shape), (next_down, *contiguous(down_shape)), one.first.file_down + before
             )
+            ups = up.as_strided((one.number, *up_shape), (next_up, *contiguous(up_shape)), one.first.file_up + above)
+            found.append(Matrices(downs, ups, pair.scale))
         else:
-            down, up, scale = pair.matrices()
-            found.append(Matrices(down.to(device, non_blocking=True), up.to(device, non_blocking=True), scale))
+            own, other, scale = pair.matrices()
+            downs, ups = (matrix.to(device, non_blocking=True)[None] for matrix in (own, other))
+            found.append(Matrices(downs, ups, scale))
     return found
 
 
@@ -450,25 +527,30 @@ def _is_there(flat: Tensor, device: torch.device) -> bool:
     return flat.device == device
 
 
-def _copied(pairs: Sequence[StoredPair], device: torch.device) -> dict[int, tuple[Tensor, int]]:
+def _copied(series: Sequence[Series], device: torch.device) -> dict[int, tuple[Tensor, int]]:
     """The flat tensors of pairs on a device, as far as pairs lie there, and what to add to a place in the first to have it
     in the storage of the other; by the address of the first."""
-    ends: dict[int, list[tuple[int, int]]] = {}
+    spans: dict[int, tuple[int, int]] = {}
     flats: dict[int, Tensor] = {}
-    for pair in pairs:
-        for (flat, start), shape in ((pair.down, pair.form.down_shape), (pair.up, pair.form.up_shape)):
-            key = id(flat)
-            if key not in flats:
-                flats[key], ends[key] = flat, []
-            ends[key].append((start, math.prod(shape)))
+    for one in series:
+        pair = one.held.pair
+        if isinstance(pair, StoredPair):
+            form = pair.form
+            for flat, first, last, shape in (
+                (pair.down.flat, one.first.file_down, one.last.file_down, form.down_shape),
+                (pair.up.flat, one.first.file_up, one.last.file_up, form.up_shape),
+            ):
+                flats[id(flat)] = flat
+                begin, end = spans.get(id(flat), (first, 0))
+                spans[id(flat)] = min(begin, first), max(end, last + math.prod(shape))
     found = {}
     for key, flat in flats.items():
         if _is_there(flat, device):
             found[key] = flat, int(flat.storage_offset())
         else:
-            first, (last, size) = min(ends[key])[0], max(ends[key])
-            copy = flat[first : last + size].to(device, non_blocking=True)
-            found[key] = copy, int(copy.storage_offset()) - first
+            begin, end = spans[key]
+            copy = flat[begin:end].to(device, non_blocking=True)
+            found[key] = copy, int(copy.storage_offset()) - begin
     return found
 
 
