@@ -113,7 +113,7 @@ def shortest_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_layouts_that_hold_a_method_give_back_its_bits(
     method: str, tiny_base: Path, shortest_base: Path, tmp_path: Path
 ) -> None:
-    every_name = method in ("lora", "locon")  # of linear layers, and of convolutions: layouts have names of their own for them
+    every_name = method in ("lora", "locon")  # those of linear layers, and of convolutions
     source = made(tmp_path / "a.safetensors", method, dtype=torch.float16, base=make_pipe if every_name else _shortest)
     base, held = str(tiny_base if every_name else shortest_base), set()
     for layout in TARGETS:
