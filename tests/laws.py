@@ -546,7 +546,7 @@ def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> Non
 
 
 def _one_of_each(case: Case, within: str) -> list[str]:
-    """Of the sites of a case one of each class, with a bias and without, in a part of the model: others run the same code."""
+    """Of the sites of a case one of each class, with a bias and without, in a part of the model: others run the same."""
     paths: dict[object, str] = {}
     for path in case.attach():
         module = case.model.get_submodule(path)
