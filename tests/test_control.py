@@ -27,6 +27,8 @@ from peft_diffusion.generation import recipe as recipes
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 
+pytestmark = pytest.mark.usefixtures("read_bases_once")
+
 MAKE: dict[str, Callable[[], DiffusionPipeline]] = {"sd": make_pipe, "xl": make_xl_pipe}
 
 

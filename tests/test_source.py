@@ -16,6 +16,8 @@ from peft_diffusion.generation import recipe as recipes
 from peft_diffusion.generation.generate import Picture, generate
 from peft_diffusion.generation.settings import GenerateConfig
 
+pytestmark = pytest.mark.usefixtures("read_bases_once")
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
