@@ -156,12 +156,13 @@ def test_what_has_no_memory_is_given_to_no_kernel(tmp_path: Path, monkeypatch: p
     """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results. Before
     training, all kernels of a step are compiled, once for a machine."""
     from conftest import make_xl_pipe
+    from test_memory import short
 
     from peft_diffusion.fast.unet import swapped
     from peft_diffusion.training.machine.memory_plan import Load, MemoryPlan
     from peft_diffusion.training.machine.preflight import peak
 
-    unet = make_xl_pipe().unet.requires_grad_(False)
+    unet = short(make_xl_pipe()).unet
     inputs = {
         "latents": torch.randn(2, 4, 16, 16), "text": torch.randn(2, 77, unet.config.cross_attention_dim),
         "summary": torch.randn(2, 16), "sizes": torch.ones(2, 6),

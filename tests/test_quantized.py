@@ -144,7 +144,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
     optimizer = torch.optim.Adam(own, lr=3e-3)
     case.model.train()
     losses = []
-    for _ in range(12):
+    for _ in range(6):
         optimizer.zero_grad()
         loss = (case.run().float() - target.float()).square().mean()
         loss.backward()
