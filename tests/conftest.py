@@ -266,6 +266,33 @@ def few_measurements() -> Iterator[None]:
         yield
 
 
+def leave_signals(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process measure what is kept apart alone."""
+    from peft_diffusion.training.events import Signals
+    from peft_diffusion.training.tasks.diffusion import DiffusionTask
+    from peft_diffusion.training.tasks.language import LanguageTask
+
+    patched.setattr(DiffusionTask, "fitting_prediction", lambda task: None)
+    for kind in (DiffusionTask, LanguageTask):
+        patched.setattr(kind, "signals", lambda task: Signals())
+
+
+@pytest.fixture(scope="module")
+def no_signals() -> Iterator[pytest.MonkeyPatch]:
+    """Runs of this process measure no signals and do not try what the base predicts: as much work as their six steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        leave_signals(patched)
+        yield patched
+
+
+@pytest.fixture
+def signals(no_signals: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs of this test measure all signals again, where others of its module measure none."""
+    no_signals.undo()
+    yield
+    leave_signals(no_signals)
+
+
 @pytest.fixture(scope="module")
 def no_plots() -> Iterator[None]:
     """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""

@@ -1,14 +1,18 @@
-"""How little the runs of the tests measure."""
+"""How little the runs of the tests measure and draw."""
 
 import importlib
 
 _TASKS = "peft_diffusion.training.tasks"
 # Six steps of training, which many tests make, take an eighth of the time of what a run measures with them.
 LITTLE: dict[str, object] = {
+    f"{_TASKS}.class_images._STEPS": 2,
     f"{_TASKS}.diffusion._DRAWS": 1,
+    f"{_TASKS}.diffusion._SEEN": 2,
     f"{_TASKS}.diffusion._OTHER_PLACES": (0.65,),
     f"{_TASKS}.diffusion._OTHER_PROMPTS": ("a red apple", "a car"),
-    f"{_TASKS}.prediction.PICTURES": 2,
+    f"{_TASKS}.language._SEEN": 2,
+    f"{_TASKS}.prediction.PICTURES": 1,
+    "peft_diffusion.training.watch.strength._STRENGTHS": (0.5,),
 }
 
 

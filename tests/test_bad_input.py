@@ -6,13 +6,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from making import command, make_adapter, typed
+from making import command, environment, make_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-resource = pytest.importorskip("resource") if os.name != "nt" else None
 FAILED, USAGE = 1, 2
 
 
@@ -21,10 +21,15 @@ def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1)
 
 
-def complaint(code: int, *arguments: object, folder: Path, **more: Any) -> str:
-    """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was."""
+def complaint(code: int, *arguments: object, folder: Path, first: str = "") -> str:
+    """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was.
+
+    ``first`` is Python for its process to run before it.
+    """
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = typed(*arguments, cwd=folder, **more) if more else command(*arguments, cwd=folder)
+    run = f"{first}\nimport runpy\nrunpy.run_module('peft_diffusion', run_name='__main__', alter_sys=True)"
+    line = ["-c", run] if first else ["-m", "peft_diffusion"]
+    done = forked.python([*line, *map(str, arguments)], folder, environment())
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -310,17 +315,12 @@ def test_an_output_that_cannot_be(output: str, ink: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no limit on a file's size to stand for a full disk")
-def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Python would cut what it compiles off at the limit too, and every later process would read that.
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"the old one")
-
-    def limit() -> None:
-        assert resource is not None
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes; a picture of 64 pixels needs more
-
+    # Bytes; a picture of 64 pixels needs more. Python would cut what it compiles off there too, for every later process.
+    limit = "import resource, sys\nsys.dont_write_bytecode = True\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
     arguments = ("generate", "a", "--base", tiny_base, "--steps", 1, "--output", "a.png")
-    assert "a.png cannot be written: File too large" in complaint(FAILED, *arguments, folder=tmp_path, preexec_fn=limit)
+    assert "a.png cannot be written: File too large" in complaint(FAILED, *arguments, folder=tmp_path, first=limit)
 
 
 @pytest.mark.slow

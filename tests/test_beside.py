@@ -35,7 +35,7 @@ from peft_diffusion.training.tasks.diffusion import DiffusionTask, Examples
 from peft_diffusion.training.tasks.keeping import kept
 from peft_diffusion.training.tasks.preparation import prepare
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 OTHER = Other("other", {"file": "other.safetensors"}, "ink drawing of {}")
 CPU = torch.device("cpu")
 

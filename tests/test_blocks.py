@@ -21,7 +21,7 @@ from peft_diffusion.core.adapter import Adapter, Chain, parts_of
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.settings.pictures import ResolvedConfig
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 torch.set_num_threads(1)
 
@@ -87,7 +87,8 @@ def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Pa
         "unet conv dora rank=3",
         "text_encoder attention lora",
     )
-    result = train(small(pictures, tmp_path, components=("unet", "text_encoder"), block=block), pipe=make_pipe())
+    asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block, steps=1)
+    result = train(asked, pipe=make_pipe())
     loaded = formats.load(result.output, make_pipe(), strict=True).components
     ranks = {path: rank(adapter) for path, adapter in loaded["unet"].items() if adapter.low_rank()}
     assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {"to_q": 1, "to_k": 1, "2": 5}
@@ -95,34 +96,46 @@ def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Pa
     assert {rank(adapter) for adapter in loaded["text_encoder"].values()} == {2}
 
 
+def after_a_step(pictures: Path, where: Path, *option: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of ``up`` and of ``down`` after the first step of a run with options of its method."""
+    asked = small(pictures, where, option=option, steps=1, unet_lr=1e-3, clip=0.0)
+    built = formats.load(train(asked, pipe=make_pipe()).output, make_pipe()).components["unet"].values()
+    up, down = ([one.get_parameter(name).detach().flatten() for one in built] for name in ("up", "down"))
+    return torch.cat(up), torch.cat(down)
+
+
+@pytest.fixture(scope="module")
+def plain_step(
+    pictures: Path, tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_signals: None, no_plots: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return after_a_step(pictures, tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [16.0, 0.25])
-def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures: Path, tmp_path: Path, ratio: float) -> None:
-    ups, downs = [], []
-    for name, option in (("plain", ()), ("plus", (f"b_rate_ratio={ratio}",))):
-        asked = small(pictures, tmp_path / name, option=option, steps=1, unet_lr=1e-3, clip=0.0)
-        built = formats.load(train(asked, pipe=make_pipe()).output, make_pipe()).components["unet"]
-        ups.append(torch.cat([adapter.get_parameter("up").detach().flatten() for adapter in built.values()]))
-        downs.append(torch.cat([adapter.get_parameter("down").detach().flatten() for adapter in built.values()]))
-    assert torch.equal(ups[1], ratio * ups[0]) and ups[0].abs().median() > 5e-4
-    assert torch.equal(*downs)
+def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(
+    pictures: Path, tmp_path: Path, plain_step: tuple[torch.Tensor, torch.Tensor], ratio: float
+) -> None:
+    up, down = after_a_step(pictures, tmp_path, f"b_rate_ratio={ratio}")
+    assert torch.equal(up, ratio * plain_step[0]) and plain_step[0].abs().median() > 5e-4
+    assert torch.equal(down, plain_step[1])
 
 
 @pytest.mark.slow
 def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
-    changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant"}
-    whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
+    changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant", "log_every": 1}
+    whole = train(small(pictures, tmp_path / "whole", steps=2, **changes), pipe=make_pipe())
     logged = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line for line in logged if "lr" in line][-1]["lr"] == {"unet": 1e-4, "unet x4": 4e-4}
-    train(small(pictures, tmp_path / "part", steps=3, **changes), pipe=make_pipe())
-    resumed = train(small(pictures, tmp_path / "part", resume=True, **changes), pipe=make_pipe())
+    train(small(pictures, tmp_path / "part", steps=1, **changes), pipe=make_pipe())
+    resumed = train(small(pictures, tmp_path / "part", steps=2, resume=True, **changes), pipe=make_pipe())
     ours, theirs = last_state(resumed).tensors, last_state(whole).tensors
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
 def test_another_method_trains_with_its_own_options(pictures: Path, tmp_path: Path) -> None:
-    result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",)), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",), steps=1), pipe=make_pipe())
     assert spec_of(result.output).methods["unet"][0]["factor"] == 4
 
 
@@ -183,7 +196,7 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(
         "unet attention lora rank=2",
         "text_encoder tokens tokens placeholders=<fruit> vectors=2 initial=apple",
     )
-    asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block, trigger="<fruit>", steps=8)
+    asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block, trigger="<fruit>", steps=3)
     pipe = load_base(tiny_base, device="cpu")
     before = pipe.tokenizer("a <fruit>").input_ids
     result = train(asked, pipe=pipe)

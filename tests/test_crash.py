@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import draw_again, draw_copies, draw_nothing, make_pipe, measure_little
+from conftest import draw_again, draw_copies, draw_nothing, leave_signals, make_pipe, measure_little
 from forked import ASKING, POSSIBLE, alive, begin
 from rich.console import Console
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.record.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 KILLS, FULL, SEED = 8, 8, 7  # two kills a step
 
@@ -41,6 +41,7 @@ def learn(pictures: Path, where: Path, resume: bool) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patched:
         measure_little(patched)
+        leave_signals(patched)
         draw_nothing(patched)
         train(small(pictures, where, resume=resume, overwrite=not resume, **RUN), pipe=make_pipe())
 

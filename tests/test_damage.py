@@ -24,7 +24,7 @@ from peft_diffusion.training.events import Step
 from peft_diffusion.training.record import checkpoint, run_folder
 from peft_diffusion.training.record.run_record import Record, measurements
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 torch.set_num_threads(1)
 

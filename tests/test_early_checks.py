@@ -17,6 +17,8 @@ from peft_diffusion.training import texts
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks import preparation
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
+
 
 class TooLateError(Exception):
     """What must not be reached was."""
@@ -27,7 +29,7 @@ def too_late(*_: object, **__: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_signals: None, no_plots: None) -> Path:
     """A folder with pictures and a run that learned from them."""
     where = tmp_path_factory.mktemp("done")
     draw_pictures(where / "pictures")

@@ -38,6 +38,7 @@ from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.record import charts
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.watch.strength import suggest
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
 
@@ -55,6 +56,12 @@ def drawn() -> dict[str, list[Image.Image]]:
 
 
 # Statistics.
+
+
+@pytest.mark.parametrize("lowest", [0.3, 0.6, 0.85, 1.1, 1.35])
+def test_the_suggested_strength_is_where_the_loss_is_lowest(lowest: float) -> None:
+    found = suggest(lambda strength: 1 + (strength - lowest) ** 2, 1 + lowest**2, 1 + (1 - lowest) ** 2)
+    assert found.strength == pytest.approx(lowest, abs=0.026)
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,8 @@ def test_signals_are_left_alone_where_a_stop_is_given_and_in_other_threads() -> 
 @pytest.mark.slow
 def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 4)
-    whole = train(small(pictures, tmp_path / "whole", held_out=0.25), pipe=make_pipe())
+    short: dict[str, Any] = {"held_out": 0.25, "steps": 3, "save_every": 2, "log_every": 1}
+    whole = train(small(pictures, tmp_path / "whole", **short), pipe=make_pipe())
     calls: list[Event] = []
     told: list[Event] = []
 
@@ -434,7 +435,7 @@ def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, c
         if isinstance(event, Losses):
             raise ConnectionError("the page is gone")
 
-    result = train(small(pictures, tmp_path / "b", held_out=0.25), pipe=make_pipe(), observers=[broken, told.append])
+    result = train(small(pictures, tmp_path / "b", **short), pipe=make_pipe(), observers=[broken, told.append])
     assert isinstance(calls[-1], Losses) and len(of(Losses, calls)) == 1
     failed = only(ObserverFailed, told)
     assert "broken" in failed.observer and "the page is gone" in failed.error

@@ -16,7 +16,7 @@ from peft_diffusion.core.arena import Arena
 from peft_diffusion.training.loop.optimizers import OPTIMIZERS, FlatOptimizer
 from peft_diffusion.training.settings.choices import FINDS_RATE, OptimizerName
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 def config(pictures: Path, where: Path, **more: Any) -> TrainConfig:

@@ -18,7 +18,7 @@ from peft_diffusion.training.attachment import attach
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.placements import Placement
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 ALL = ("unet", "text_encoder", "text_encoder_2")
 

@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: p
     train(small(folder, tmp_path, resume=True), pipe=make_pipe())
     assert run_record.Record(tmp_path / "run").state == "finished"
     with pytest.raises(UserError, match=r"not finite|runs away|loss is"):
-        train(small(folder, tmp_path, overwrite=True, unet_lr=1e38, clip=0.0), pipe=make_pipe())
+        train(small(folder, tmp_path, overwrite=True, unet_lr=1e38, clip=0.0, held_out=0.0), pipe=make_pipe())
     assert run_record.Record(tmp_path / "run").state == "failed"
     assert "Lower the learning rate" in page_of(tmp_path / "run").text
 
@@ -278,14 +278,14 @@ def test_trials_are_short_at_first() -> None:
 @pytest.mark.slow
 def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 8)
-    asked = small(folder, tmp_path, held_out=0.25, batch_size=4, unet_lr=1e-4, steps=5)
+    asked = small(folder, tmp_path, held_out=0.25, unet_lr=0.02, steps=2)
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
     found = find_rates(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     again = find_rates(asked, pipe=make_pipe())
     assert (found.factor, found.trials) == (again.factor, again.trials)
     best = min((one for one in found.trials if one.steps == found.steps), key=lambda one: one.loss)
     assert best.loss < found.before and best.rates["unet"] / 2 <= found.rates["unet"] <= best.rates["unet"] * 2
-    assert found.rates["unet"] > 1e-4
+    assert found.rates["unet"] > 0.02
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["find_lr.json", "find_lr.png"]
     assert not (tmp_path / "a.safetensors").exists()
     assert json.loads(found.file.read_text())["rates"] == found.rates

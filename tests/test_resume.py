@@ -33,7 +33,7 @@ from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 torch.set_num_threads(1)
 
@@ -83,6 +83,7 @@ def same_file(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -129,20 +130,20 @@ def test_a_terminal_that_is_gone_stops_a_run_as_sigterm_does_unless_hang_ups_are
             os.kill(os.getpid(), signal.SIGHUP)
 
     before = signal.getsignal(signal.SIGHUP)
-    with pytest.raises(Interrupted, match="stopped after step 2 of 6"):
-        train(small(pictures, tmp_path / "gone"), pipe=make_pipe(), observers=[hang_up])
+    with pytest.raises(Interrupted, match="stopped after step 2 of 3"):
+        train(small(pictures, tmp_path / "gone", steps=3), pipe=make_pipe(), observers=[hang_up])
     assert signal.getsignal(signal.SIGHUP) == before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        assert train(small(pictures, tmp_path / "on"), pipe=make_pipe(), observers=[hang_up]).steps == 6
+        assert train(small(pictures, tmp_path / "on", steps=3), pipe=make_pipe(), observers=[hang_up]).steps == 3
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures: Path) -> None:
-    train(small(pictures, tmp_path, scheduler="constant"), pipe=make_pipe())
-    longer = train(small(pictures, tmp_path, scheduler="constant", steps=9, resume=True), pipe=make_pipe())
-    whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=9), pipe=make_pipe())
+    train(small(pictures, tmp_path, scheduler="constant", steps=2), pipe=make_pipe())
+    longer = train(small(pictures, tmp_path, scheduler="constant", steps=4, resume=True), pipe=make_pipe())
+    whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=4), pipe=make_pipe())
     assert same_file(longer.output, whole.output)
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=2), pipe=make_pipe())
@@ -159,26 +160,26 @@ def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(
     """Its warm-up follows from its steps, which may be more now; rank, rates and the rest are derived as they were."""
     derives = {"warmup": None, "rank": None, "save_every": None, "scheduler": "constant"}
     with monkeypatch.context() as patched:
-        stop_after(patched, 4)
+        stop_after(patched, 2)
         with pytest.raises(Interrupted):
-            train(small(pictures, tmp_path / "cut", steps=10, **derives), pipe=make_pipe())
+            train(small(pictures, tmp_path / "cut", steps=5, **derives), pipe=make_pipe())
     file = tmp_path / "cut" / "run" / "config.toml"
-    assert "# warmup = 2  (from 10 steps)" in file.read_text("utf-8")
+    assert "# warmup = 1  (from 5 steps)" in file.read_text("utf-8")
     with monkeypatch.context() as patched:
-        again = asked(patched, file, "--steps", "15", "--resume")
+        again = asked(patched, file, "--steps", "10", "--resume")
     assert again.warmup is None and again.rank is None and again.unet_lr is None
     resumed = train(again, pipe=make_pipe())
-    assert (resumed.config.warmup, resumed.config.save_every) == (2, 3)
-    whole = train(small(pictures, tmp_path / "whole", steps=15, **{**derives, "warmup": 2}), pipe=make_pipe())
+    assert (resumed.config.warmup, resumed.config.save_every) == (1, 2)
+    whole = train(small(pictures, tmp_path / "whole", steps=10, **{**derives, "warmup": 1}), pipe=make_pipe())
     assert same_file(resumed.output, whole.output)
     with monkeypatch.context() as patched:  # and once more: its own is now that of the run before it
-        again = asked(patched, file, "--steps", "20", "--resume")
-    assert train(again, pipe=make_pipe()).config.warmup == 2
+        again = asked(patched, file, "--steps", "11", "--resume")
+    assert train(again, pipe=make_pipe()).config.warmup == 1
 
 
 def test_a_warm_up_that_was_chosen_is_compared(tmp_path: Path, pictures: Path) -> None:
-    train(small(pictures, tmp_path, warmup=3), pipe=make_pipe())
-    with pytest.raises(UserError, match="--warmup was 3, now 1"):
+    train(small(pictures, tmp_path, warmup=2, steps=2), pipe=make_pipe())
+    with pytest.raises(UserError, match="--warmup was 2, now 1"):
         train(small(pictures, tmp_path, warmup=None, steps=9, resume=True), pipe=make_pipe())
 
 
@@ -186,11 +187,11 @@ def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     derives = {"warmup": None, "rank": None, "save_every": None}
-    whole = train(small(pictures, tmp_path / "whole", steps=10, **derives), pipe=make_pipe())
+    whole = train(small(pictures, tmp_path / "whole", steps=5, **derives), pipe=make_pipe())
     with monkeypatch.context() as patched:
-        stop_after(patched, 4)
+        stop_after(patched, 3)
         with pytest.raises(Interrupted):
-            train(small(pictures, tmp_path / "cut", steps=10, **derives), pipe=make_pipe())
+            train(small(pictures, tmp_path / "cut", steps=5, **derives), pipe=make_pipe())
     run = tmp_path / "cut" / "run"
     for path in (run / "checkpoints").iterdir():
         found = checkpoint.read(path)
@@ -201,12 +202,12 @@ def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(
     (run / "config.toml").write_text("\n".join(lines) + "\n", "utf-8")
     with monkeypatch.context() as patched:
         again = asked(patched, run / "config.toml", "--resume")
-    assert again.warmup == 2 and again.unet_lr == 1e-3
+    assert again.warmup == 1 and again.unet_lr == 1e-3
     assert same_file(train(again, pipe=make_pipe()).output, whole.output)
 
 
 def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path: Path, pictures: Path) -> None:
-    first = train(small(pictures, tmp_path), pipe=make_pipe())
+    first = train(small(pictures, tmp_path, steps=1), pipe=make_pipe())
     before = {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()}
     again = {"steps": 9, "resume": True}
     with pytest.raises(UserError, match=r"--rank was 2, now 4; --unet-lr was 0\.001, now 0\.002"):
@@ -240,12 +241,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, pictures: Path) -> 
 
 
 def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, pictures: Path) -> None:
-    run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
+    run = train(small(pictures, tmp_path, steps=2, save_every=1), pipe=make_pipe()).run_dir
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"2 checkpoints are in .* and none can be read \(damaged, or of another version\)"):
-        train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
+        train(small(pictures, tmp_path, steps=2, save_every=1, resume=True), pipe=make_pipe())
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -253,20 +254,20 @@ def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, pictures: Path
 def test_a_method_without_rank_goes_on_from_its_own_settings(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    whole = train(small(pictures, tmp_path, rank=None, scheduler="constant", **changes), pipe=make_pipe())
+    whole = train(small(pictures, tmp_path, rank=None, scheduler="constant", steps=1, **changes), pipe=make_pipe())
     assert whole.config.rank is None
-    train(replace(whole.config, steps=7, resume=True), pipe=make_pipe())
+    train(replace(whole.config, steps=2, resume=True), pipe=make_pipe())
     older = replace(whole.config, rank=16, resume=True)  # which earlier versions wrote down
     for path in (whole.run_dir / "checkpoints").iterdir():
         found = checkpoint.read(path)
         assert found is not None
         origin = replace(found.origin, config={**found.origin.config, "rank": 16})
         checkpoint.write(path, replace(found, origin=origin))
-    assert train(replace(older, steps=8), pipe=make_pipe()).steps == 8
+    assert train(replace(older, steps=3), pipe=make_pipe()).steps == 3
 
 
 def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path: Path, pictures: Path) -> None:
-    config = small(pictures, tmp_path)
+    config = small(pictures, tmp_path, steps=1)
     train(config, pipe=make_pipe())
     with pytest.raises(UserError, match=r"other repeats or weight, .* and 3 more"):
         train(replace(config, resume=True, folder=(shutil.copytree(pictures, tmp_path / "2_ink"),)), pipe=make_pipe())
@@ -287,7 +288,7 @@ def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path: Pa
     names = ["base_0.png", "prompts.json", "sheet.png", "step_000005_0.png", "until_step_000004"]
     assert sorted(path.name for path in previews.iterdir()) == names
     assert (previews / "until_step_000004" / "step_000004_1.png").exists()
-    train(small(pictures, tmp_path, overwrite=True), pipe=make_pipe())
+    train(small(pictures, tmp_path, steps=1, overwrite=True), pipe=make_pipe())
     assert not list(previews.iterdir())
 
 
@@ -309,9 +310,9 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
 ) -> None:
     measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured, 2.0))  # the strengths come after the run
-    result = train(small(pictures, tmp_path, steps=12, save_every=2), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, steps=6, save_every=1), pipe=make_pipe())
     kept = {state_of(path).step for path in (result.run_dir / "checkpoints").iterdir()}
-    assert kept == {4, 10, 12}
+    assert kept == {2, 5, 6}
 
 
 # Real processes, as a person runs them.

@@ -32,7 +32,6 @@ from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.layer_changes import layer_changes
 from peft_diffusion.training.tasks.preparation import prepare
-from peft_diffusion.training.watch.strength import suggest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
@@ -87,12 +86,6 @@ def test_memorisation_is_how_much_further_the_loss_fell_on_what_was_seen() -> No
     first, last = measurements([*told, {"step": 5, "loss": 3.0}])
     assert first.memorisation == 0 and last.memorisation == pytest.approx(0.5)
     assert measurements(told[:1])[0].memorisation is None
-
-
-@pytest.mark.parametrize("lowest", [0.3, 0.6, 0.85, 1.1, 1.35])
-def test_the_suggested_strength_is_where_the_loss_is_lowest(lowest: float) -> None:
-    found = suggest(lambda strength: 1 + (strength - lowest) ** 2, 1 + lowest**2, 1 + (1 - lowest) ** 2)
-    assert found.strength == pytest.approx(lowest, abs=0.026)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "oft", "ia3", "bitfit"])

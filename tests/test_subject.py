@@ -54,7 +54,7 @@ from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 from peft_diffusion.training.watch.previews import Previews
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 torch.set_num_threads(1)
 
@@ -139,7 +139,10 @@ def test_whatever_decides_what_is_drawn_has_other_pictures(tmp_path: Path, pictu
 
 
 @pytest.mark.slow
-def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(tmp_path: Path, pictures: Path) -> None:
+def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(class_images, "_STEPS", 25)  # as users have it
     told: dict[str, Any] = {"class_prompt": ("a red cat",), "class_images": 1, "preset": "subject", "clip_skip": 2}
     ready = prepare(small(pictures, tmp_path, **told), make_pipe(), lambda event: None, TrainingPictures())
     (one,) = ready.of_run.of_class
@@ -672,7 +675,8 @@ def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
         draw_mask(path)
     config = small(pictures, tmp_path / "whole", **EVERYTHING)
     whole = load_file(train(config, pipe=make_pipe(prediction_type="v_prediction")).output)
-    part = small(pictures, tmp_path / "part", **EVERYTHING)
+    places: dict[str, Any] = {"output": tmp_path / "part.safetensors", "run_dir": tmp_path / "whole" / "part"}
+    part = small(pictures, tmp_path, **EVERYTHING, **places)  # beside the other, whose pictures of the class are its own
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
         with pytest.raises(Interrupted):

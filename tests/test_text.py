@@ -40,6 +40,8 @@ from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 torch.set_num_threads(1)
 LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for beast in ("ox", "ass", "lion", "hen")
                 for how in ("swift", "slow", "wise", "bold", "meek", "proud"))  # fmt: skip
@@ -263,7 +265,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path
     base = make_lm()
     before = checksum(components(base))
     console = Console(record=True, width=200)
-    config = small(text, tmp_path / "x", steps=40, held_out=None, context=24)
+    config = small(text, tmp_path / "x", steps=40, save_every=20, held_out=None, context=24)
     result = train_text(config, base=base, observers=[TrainingConsole(console)])
     lines = metrics(result)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -373,7 +375,7 @@ def test_patience_without_text_kept_apart_is_warned_of(text: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_text(text: Path, tmp_path: Path) -> None:
-    train_text(small(text, tmp_path / "x"), base=make_lm())
+    train_text(small(text, tmp_path / "x", steps=1), base=make_lm())
     text.write_text(LINES + "More.", "utf-8")
     with pytest.raises(UserError, match=r"had other text: beasts.txt has another content"):
         train_text(small(text, tmp_path / "x", steps=9, resume=True), base=make_lm())
@@ -383,7 +385,8 @@ def test_a_run_does_not_go_on_with_another_text(text: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_epochs_become_steps(text: Path, tmp_path: Path) -> None:
-    result = train_text(small(text, tmp_path / "x", steps=None, epochs=2, held_out=0.0, context=32), base=make_lm())
+    asked = small(text, tmp_path / "x", steps=None, epochs=2, held_out=0.0, context=32, save_every=1000)
+    result = train_text(asked, base=make_lm())
     windows = (len(tokens(make_lm(), [LINES])) - 31 + 1) // 31
     assert result.steps == math.ceil(2 * windows / 2)
     assert result.held_out_after is None and result.perplexities is None
