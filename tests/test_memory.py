@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import make_pipe, make_xl_pipe
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from language import make_lm
 from safetensors.torch import load_file
 from test_training import draw_pictures
@@ -93,11 +93,25 @@ def measured(work: Callable[[], object]) -> int:
     return most
 
 
+def short(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline whose UNet has half the blocks, each kind of them still: tracing takes its time for each operation."""
+    config = dict(pipe.unet.config)
+    xl = config["addition_embed_type"] is not None
+    torch.manual_seed(0)
+    changes = {
+        "block_out_channels": (32, 64), "attention_head_dim": 8, "transformer_layers_per_block": (1, 2) if xl else 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+    }  # fmt: skip
+    pipe.unet = UNet2DConditionModel.from_config({**config, **changes}).requires_grad_(False).eval()
+    return pipe
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("make", "batch"), [(make_pipe, 4), (make_xl_pipe, 2)])
 def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, low: bool) -> None:
-    unet = make().unet
+    unet = short(make()).unet
     site.attach(unet, "trained", Lora(rank=4), "attention+ff")
     arena = Arena({"unet": [p for a in site.adapters(unet, "trained").values() for p in a.parameters()]})
     width = unet.config.cross_attention_dim
@@ -150,7 +164,7 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
     pictures = draw_pictures(tmp_path / "pictures", size=size)
     prompts = ("a cat", "a dog", "a house")
     with pytest.raises(_Seen):
-        learn(pictures, tmp_path, make(), preview_steps=1, preview_prompts=prompts, resolution=size, steps=1)
+        learn(pictures, tmp_path, short(make()), preview_steps=1, preview_prompts=prompts, resolution=size, steps=1)
     ((predicted, most, count),) = seen
     assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
@@ -169,18 +183,19 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
         return needs[-1]
 
     monkeypatch.setattr(memory_plan.MemoryPlan, "need", need)
-    learn(pictures, tmp_path / "one", make_pipe(), memory="off", steps=1, held_out=0.0)
-    learn(pictures, tmp_path / "two", make_pipe(), memory="low", steps=1, held_out=0.0)
+    learn(pictures, tmp_path / "one", short(make_pipe()), memory="off", steps=1, held_out=0.0)
+    learn(pictures, tmp_path / "two", short(make_pipe()), memory="low", steps=1, held_out=0.0)
     plain, low = needs
     assert low.step < 0.8 * plain.step and low.weights == plain.weights > 0
     assert low.adapter == plain.adapter
+    monkeypatch.setattr(memory_plan, "predict", lambda *_: plain)
     monkeypatch.setattr(memory_plan, "room", lambda _: 2**20)
     with pytest.raises(UserError, match=r"needs \d+ MiB and cpu has 1 MiB; save memory with --memory low, --batch-size 1"):
-        learn(pictures, tmp_path / "three", make_pipe())
+        learn(pictures, tmp_path / "three", short(make_pipe()))
     assert not (tmp_path / "three" / "run" / "config.toml").exists()
     monkeypatch.setattr(Previews, "peak", lambda previews: 2**30)
     with pytest.raises(UserError, match=r"this run needs 10\d\d MiB.* --preview-steps 0, or free the device"):
-        learn(pictures, tmp_path / "four", make_pipe(), preview_steps=1)
+        learn(pictures, tmp_path / "four", short(make_pipe()), preview_steps=1)
 
 
 def test_small_things_of_memory() -> None:

@@ -518,8 +518,9 @@ def _named(name: str, adapters: "Adapters", steps: int) -> Any:
     plain = {option for options in SPACINGS.values() for option in options if option.startswith("use_")}
     base = {option: value for option, value in own.items() if not (spacing and option in plain)}
     try:
-        cls.from_config(base, **changes).set_timesteps(steps)
-        return cls.from_config(base, **changes)
+        made = cls.from_config(base, **changes)
+        copy.deepcopy(made).set_timesteps(steps)  # making some anew takes half a second
+        return made
     except ValueError as error:
         raise UserError(f"the scheduler {name} cannot take {steps} steps here: {first_line(error)}") from error
 
