@@ -663,6 +663,7 @@ EVERYTHING = {
     "preset": "subject", "class_prompt": ("a cat",), "class_images": 3, "multires_noise": 0.3, "loss": "huber",
     "debiased": True, "wildcards": True, "repeats": ("pictures=2",), "folder_weight": ("pictures=0.5",), "ema": 0.9,
     "zero_terminal_snr": True, "held_out": 0.3, "flip": True, "dropout": 0.2, "trigger": "ink", "accumulation": 2,
+    "steps": 4, "save_every": 2,
 }  # fmt: skip
 
 
@@ -678,7 +679,7 @@ def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
     places: dict[str, Any] = {"output": tmp_path / "part.safetensors", "run_dir": tmp_path / "whole" / "part"}
     part = small(pictures, tmp_path, **EVERYTHING, **places)  # beside the other, whose pictures of the class are its own
     with monkeypatch.context() as patched:
-        stop_after(patched, 4)
+        stop_after(patched, 3)
         with pytest.raises(Interrupted):
             train(part, pipe=make_pipe(prediction_type="v_prediction"))
     result = train(replace(part, resume=True), pipe=make_pipe(prediction_type="v_prediction"))
