@@ -82,7 +82,7 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(folder: Path, base: Path, kind: str, output: str, **more: Any) -> ComposeTrainConfig:
     return ComposeTrainConfig(
         (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,
-        base=str(base), output=folder / output, run_dir=folder / "runs" / output, steps=12, batch_size=2, lr=0.1,
+        base=str(base), output=folder / output, run_dir=folder / "runs" / output, steps=8, batch_size=2, lr=0.1,
         device="cpu", **more,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def files(folder: Path, tiny_base: Path, no_plots: None) -> dict[str, Path]:
     """What both kinds learn, one of them by the command."""
     command = ["compose", "train", folder / "ink.safetensors", folder / "flat.safetensors", "--data", folder / "ink",
                "--data", folder / "flat", "--kind", "gates", "--base", tiny_base, "-o", folder / "gates.safetensors",
-               "--run-dir", folder / "runs" / "gates", "--steps", 12, "--batch-size", 2, "--lr", 0.1,
+               "--run-dir", folder / "runs" / "gates", "--steps", 8, "--batch-size", 2, "--lr", 0.1,
                "--device", "cpu"]  # fmt: skip
     assert main(list(map(str, command))) == 0
     return {
@@ -150,13 +150,13 @@ def test_what_is_kept_apart_is_measured_with_each_checkpoint(
     folder: Path, tiny_pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And not learned from: two of ink's three pictures, as flat has one alone. What is proposed then can be typed."""
-    config = asked(folder, tiny_base, "strengths", "away/apart.safetensors", held_out=0.5, save_every=6)
+    config = asked(folder, tiny_base, "strengths", "away/apart.safetensors", held_out=0.5, save_every=4)
     result = pd.train_composition(config, pipe=tiny_pipe)
     record = run_record.only(result.run_dir)
     measured = dict(record.curve("held_out_loss"))
-    assert list(measured) == [0, 6, 12]
+    assert list(measured) == [0, 4, 8]
     assert result.held_out_after is not None and result.held_out_before is not None
-    assert measured[12] == result.held_out_after < result.held_out_before
+    assert measured[8] == result.held_out_after < result.held_out_before
     assert "pictures kept apart: loss " in "\n".join(result.lines())
     assert "2 of them are kept apart to measure on" in (result.run_dir / "report.html").read_text()
     assert main(["inspect", str(result.output)]) == 0
@@ -165,7 +165,7 @@ def test_what_is_kept_apart_is_measured_with_each_checkpoint(
     typed = [*shlex.split(result.next_command)[1:], "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "a.png")]
     assert main(typed) == 0 and (tmp_path / "a.png").exists()
     with pytest.raises(UserError, match=r"--held-out was 0\.5, now 0"):
-        pd.train_composition(replace(config, held_out=0.0, resume=True, steps=14), pipe=tiny_pipe)
+        pd.train_composition(replace(config, held_out=0.0, resume=True, steps=9), pipe=tiny_pipe)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(
     said = stopped_at(5, config, tiny_pipe)
     assert config.run_dir is not None and config.output is not None and not config.output.exists()
     settings = str(config.run_dir / "config.toml")
-    assert said == (f"stopped after step 5 of 12; go on with: peft-diffusion compose train --config {settings} --resume")
+    assert said == (f"stopped after step 5 of 8; go on with: peft-diffusion compose train --config {settings} --resume")
     assert RunFolder(config.run_dir).steps() == [3, 5]
     record = run_record.only(config.run_dir)
     assert (record.state, record.command, record.method, record.step) == ("stopped", "compose train", kind, 5)
@@ -185,22 +185,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(
         pd.train_composition(config, pipe=tiny_pipe)
     capsys.readouterr()
     assert main(["compose", "train", "--config", settings, "--resume", "--save-every", "25"]) == 0
-    assert "going on from step 5 of 12" in capsys.readouterr().out
+    assert "going on from step 5 of 8" in capsys.readouterr().out
     assert config.output.read_bytes() == files[kind].read_bytes()
     record = run_record.only(config.run_dir)
     assert record.state == "finished" and (config.run_dir / "report.html").exists()
-    assert [line["step"] for line in record.metrics if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in record.metrics if "loss" in line] == list(range(1, 9))
     assert [one["name"] for one in record.data] == ["0.png", "1.png", "2.png", "0.png"]
     assert main(["runs", str(config.run_dir.parent)]) == 0
     assert kind in capsys.readouterr().out
     assert main(["runs", "export", str(config.run_dir)]) == 1
-    told = f"compose train --config {settings} --resume --steps 12"
-    assert f"weighs adapters, and has none to export; to have its file of step 12: peft-diffusion {told}" in (
+    told = f"compose train --config {settings} --resume --steps 8"
+    assert f"weighs adapters, and has none to export; to have its file of step 8: peft-diffusion {told}" in (
         capsys.readouterr().err
     )
     first, *_ = sorted((config.run_dir / "checkpoints").iterdir())
     assert main(["runs", "export", str(first)]) == 1
-    assert f"to have its file of step 12: peft-diffusion {told}" in capsys.readouterr().err
+    assert f"to have its file of step 8: peft-diffusion {told}" in capsys.readouterr().err
     shutil.copy(first, folder / "elsewhere.safetensors")
     assert main(["runs", "export", str(folder / "elsewhere.safetensors")]) == 1
     assert "its run gives its file at that step with --resume --steps" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from peft_diffusion.formats.container import read_header
 from peft_diffusion.formats.spec import Spec
 from peft_diffusion.training import TextTrainConfig, TrainResult
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 MORE = {"steps": 5, "save_every": 2, "ema": 0.5, "trigger": "ink style", "keep": "last", "held_out": 0.2}
 

@@ -29,7 +29,7 @@ from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 torch.set_num_threads(1)
 BOTH = ("unet", "text_encoder", "text_encoder_2")

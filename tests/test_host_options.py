@@ -29,7 +29,7 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, Sampling
 from peft_diffusion.training.tasks import datasets
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 @pytest.fixture(scope="module")

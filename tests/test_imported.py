@@ -17,7 +17,7 @@ from peft_diffusion.training.settings.others import reading
 from peft_diffusion.training.settings.others.reading import with_datasets
 from peft_diffusion.training.tasks.preparation import Prepared
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 # As docs/config_README-en.md of sd-scripts has it, but for the folders and sizes.
 DATASETS = """

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots
 
 def config(pictures: Path, where: Path, **more: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "steps": 6,
+        "steps": 4,
         "batch_size": 2,
         "rank": 8,
         "warmup": 0,
-        "save_every": 3,
+        "save_every": 2,
         "log_every": 1,
         "preview_steps": 0,
     }

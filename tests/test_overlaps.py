@@ -17,7 +17,7 @@ from peft_diffusion.generation.recipe import Recipe, write
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training.settings.text import TextTrainConfig
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.events import Losses, Measured, Pace, Preview, Saved, Signals, Started, Step, StepLoss
 from peft_diffusion.training.watch.pace import PaceMeter
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 class Hands:

@@ -42,7 +42,7 @@ from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 torch.set_num_threads(1)
 START, END = 0, 1

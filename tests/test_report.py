@@ -36,14 +36,14 @@ from peft_diffusion.training.record.measurements import measurements, verdict
 from peft_diffusion.training.record.run_folder import RunFolder
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
-pytestmark = pytest.mark.usefixtures("few_measurements")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 torch.set_num_threads(1)
 NASTY = "<script>alert(1)</script> & \"quotes\" 'and' {{ 7 * 7 }}"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def made(tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_plots: None) -> TrainResult:
     """A run with previews, warnings, captions that try to be markup, and pictures kept apart."""
     where = tmp_path_factory.mktemp("made")
     folder = draw_pictures(where / "pictures")

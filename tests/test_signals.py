@@ -124,9 +124,10 @@ def test_patience_ends_a_run_after_measurements_without_a_lower_loss() -> None:
 def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, plots: None
 ) -> None:
-    watched = train(small(pictures, tmp_path / "a", held_out=0.4), pipe=make_pipe())
+    short: dict[str, Any] = {"held_out": 0.4, "steps": 4, "save_every": 2}
+    watched = train(small(pictures, tmp_path / "a", **short), pipe=make_pipe())
     told = measurements(lines(watched))
-    assert [one.step for one in told] == [0, 3, 6]
+    assert [one.step for one in told] == [0, 2, 4]
     assert told[0].leakage == 0 and known(told[-1].leakage) > 0 and told[0].memorisation == 0
     assert all(
         math.isfinite(known(value)) for one in told for value in (one.unseen, one.seen, one.leakage, one.memorisation)
@@ -138,16 +139,17 @@ def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone
     before = [part.clone() for part in pipe.unet.parameters()]
     monkeypatch.setattr(DiffusionTask, "leakage", lambda _: 0.0)
     monkeypatch.setattr(DiffusionTask, "watched", lambda _: frozenset([0]))
-    blind = train(small(pictures, tmp_path / "b", held_out=0.4), pipe=pipe)
+    blind = train(small(pictures, tmp_path / "b", **short), pipe=pipe)
     assert same_file(watched.output, blind.output)
     assert all(torch.equal(one, two) for one, two in zip(before, pipe.unet.parameters(), strict=True))
 
 
 def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path: Path, pictures: Path) -> None:
-    told = lines(train(small(pictures, tmp_path, preview_steps=2, preview_every=3), pipe=make_pipe()))
+    drawn: dict[str, Any] = {"preview_steps": 1, "preview_every": 1, "steps": 2, "save_every": 1}
+    told = lines(train(small(pictures, tmp_path, **drawn), pipe=make_pipe()))
     near = {line["step"]: line["preview_nearest"] for line in told if "preview_nearest" in line}
-    assert list(near) == [0, 3, 6] and all(value > 0 for value in near.values())
-    again = train(small(pictures, tmp_path, preview_steps=2, preview_every=3, resume=True), pipe=make_pipe())
+    assert list(near) == [0, 1, 2] and all(value > 0 for value in near.values())
+    again = train(small(pictures, tmp_path, resume=True, **drawn), pipe=make_pipe())
     assert lines(again) == told
 
 
@@ -175,9 +177,9 @@ def test_text_has_the_same_signals(tmp_path: Path) -> None:
 
 
 def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, save_every=1, keep_checkpoints=3), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, steps=4, save_every=1, keep_checkpoints=3), pipe=make_pipe())
     kept = sorted(int(path.stem[5:]) for path in (result.run_dir / "checkpoints").iterdir())
-    assert kept == [4, 5, 6]
+    assert kept == [2, 3, 4]
 
 
 def test_without_pictures_apart_the_last_weights_are_written_and_nothing_is_suggested(
@@ -197,14 +199,14 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
 
 def test_the_best_weights_are_written_or_the_last(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     course = (9.0, 5.0, 1.0, 6.0, 7.0, *(2.0,) * 5)
-    for keep, step in (("best", 4), ("last", 8)):
+    for keep, step in (("best", 2), ("last", 4)):
         measured_as(monkeypatch, *course)
-        changes: dict[str, Any] = {"steps": 8, "save_every": 2, "keep": keep, "scheduler": "constant"}
+        changes: dict[str, Any] = {"steps": 4, "save_every": 1, "keep": keep, "scheduler": "constant"}
         result = train(small(pictures, tmp_path / keep, **changes), pipe=make_pipe())
         outcome = known(result.outcome)
-        assert outcome.kept == step == spec(result.output)["kept_step"] and outcome.best == 4
-        assert result.held_out_after == {4: 1.0, 8: 7.0}[step]
-        assert spec(result.output)["warning"].startswith("over-trained since step 4")
+        assert outcome.kept == step == spec(result.output)["kept_step"] and outcome.best == 2
+        assert result.held_out_after == {2: 1.0, 4: 7.0}[step]
+        assert spec(result.output)["warning"].startswith("over-trained since step 2")
         kept = state_of(result.run_dir / "checkpoints" / f"step_{step:06}.safetensors").tensors["parameters"]
         written = torch.cat([tensor.flatten() for name, tensor in load_file(result.output).items() if "alpha" not in name])
         assert written.double().norm() == pytest.approx(kept.double().norm().item(), rel=1e-6)

@@ -585,14 +585,12 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
     assert formats.load(result.output, pipe).warnings == ()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
-def test_what_was_trained_to_pure_noise_is_drawn_from_it(
-    tmp_path: Path, pictures: Path, sampler: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
-    made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
-    seen = []
+Schedule = tuple[bool | None, str | None, str]  # zero terminal SNR, where the steps begin, and whose it is
+
+
+def scheduled(patched: pytest.MonkeyPatch) -> list[Schedule]:
+    """The schedules that pipelines are called with from here on."""
+    seen: list[Schedule] = []
     call = type(make_pipe()).__call__
 
     def watched(pipe: DiffusionPipeline, *given: Any, **named: Any) -> Any:
@@ -600,19 +598,44 @@ def test_what_was_trained_to_pure_noise_is_drawn_from_it(
         seen.append((config.get("rescale_betas_zero_snr"), config.get("timestep_spacing"), type(pipe.scheduler).__name__))
         return call(pipe, *given, **named)
 
-    monkeypatch.setattr(type(make_pipe()), "__call__", watched)
+    patched.setattr(type(make_pipe()), "__call__", watched)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def to_pure_noise(
+    tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_signals: None, no_plots: None
+) -> tuple[Path, DiffusionPipeline]:
+    """An adapter that was trained to pure noise, and the base as its run left it; the run drew previews from there."""
+    where = tmp_path_factory.mktemp("noise")
     pipe = make_pipe(prediction_type="v_prediction")
     before = pipe.scheduler
-    result = train(small(pictures, tmp_path, **made), pipe=pipe)
+    made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
+    with pytest.MonkeyPatch.context() as patched:
+        seen = scheduled(patched)
+        output = train(small(draw_pictures(where / "pictures", 4), where, **made), pipe=pipe).output
     assert seen and all(one[:2] == (True, "trailing") for one in seen)
+    assert pipe.scheduler is before
+    return output, pipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
+def test_what_was_trained_to_pure_noise_is_drawn_from_it(
+    to_pure_noise: tuple[Path, DiffusionPipeline], sampler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
+    file, pipe = to_pure_noise
+    before, seen = pipe.scheduler, scheduled(monkeypatch)
     sampling = GenerateConfig(("red",), steps=2, device="cpu", scheduler=sampler)
     adapters = Adapters(pipe)
     for loaded in (False, True):
         seen.clear()
         if loaded:
-            adapters.load(result.output, name="a")
+            adapters.load(file, name="a")
         list(paint(adapters, [Cell("red", 0, dict.fromkeys(adapters.names, 1.0))], sampling))
         assert [one[0] is True for one in seen] == [loaded]
+    adapters.remove("a")
     assert (seen[0][2] == "DDIMScheduler") == (sampler in (None, "pndm"))
     assert pipe.scheduler is before
 
@@ -663,6 +686,7 @@ EVERYTHING = {
     "preset": "subject", "class_prompt": ("a cat",), "class_images": 3, "multires_noise": 0.3, "loss": "huber",
     "debiased": True, "wildcards": True, "repeats": ("pictures=2",), "folder_weight": ("pictures=0.5",), "ema": 0.9,
     "zero_terminal_snr": True, "held_out": 0.3, "flip": True, "dropout": 0.2, "trigger": "ink", "accumulation": 2,
+    "steps": 4, "save_every": 2,
 }  # fmt: skip
 
 
@@ -678,7 +702,7 @@ def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
     places: dict[str, Any] = {"output": tmp_path / "part.safetensors", "run_dir": tmp_path / "whole" / "part"}
     part = small(pictures, tmp_path, **EVERYTHING, **places)  # beside the other, whose pictures of the class are its own
     with monkeypatch.context() as patched:
-        stop_after(patched, 4)
+        stop_after(patched, 3)
         with pytest.raises(Interrupted):
             train(part, pipe=make_pipe(prediction_type="v_prediction"))
     result = train(replace(part, resume=True), pipe=make_pipe(prediction_type="v_prediction"))

@@ -549,17 +549,17 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path, m
     for learning in (pipe.unet.conv_in, pipe.vae.decoder):
         learning.requires_grad_(True)
     own = modes(pipe.unet, pipe.text_encoder, pipe.vae)
-    result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
+    result = train(small(folder, tmp_path, steps=20, unet_lr=1e-2, batch_size=4, log_every=7, save_every=10), pipe=pipe)
     assert checksum(components(pipe)) == before == result.base_checksum
     assert [type(m) for m in pipe.unet.modules()] == classes
     assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
     start, end = held_out(result)
     assert result.images == 18 and end < 0.97 * start
     losses = [line["loss"] for line in lines(result) if "loss" in line]
-    assert len(losses) == 30 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
-    assert [line["step"] for line in lines(result) if "held_out_loss" in line] == [0, 15, 30]
+    assert len(losses) == 20 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
+    assert [line["step"] for line in lines(result) if "held_out_loss" in line] == [0, 10, 20]
     spec = spec_of(result.output)
-    assert spec.methods["unet"][0]["rank"] == 2 and spec.training["steps_done"] == 30 and spec.training["images"] == 18
+    assert spec.methods["unet"][0]["rank"] == 2 and spec.training["steps_done"] == 20 and spec.training["images"] == 18
     assert spec.training["held_out_loss"] == result.held_out_after
     with Image.open(result.run_dir / "loss.png") as plot:
         assert plot.size == (880, 550)
@@ -585,10 +585,10 @@ def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path, pictures: Path) -> None:
     torch.manual_seed(1)
-    first = train(small(pictures, tmp_path / "1", steps=3), pipe=make_pipe())
+    first = train(small(pictures, tmp_path / "1", steps=2), pipe=make_pipe())
     torch.manual_seed(2)
-    again = train(small(pictures, tmp_path / "2", steps=3), pipe=make_pipe())
-    other = train(small(pictures, tmp_path / "3", steps=3, seed=1), pipe=make_pipe())
+    again = train(small(pictures, tmp_path / "2", steps=2), pipe=make_pipe())
+    other = train(small(pictures, tmp_path / "3", steps=2, seed=1), pipe=make_pipe())
     one, two, three = (load_file(result.output) for result in (first, again, other))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert any(not torch.equal(one[key], three[key]) for key in one)
@@ -644,10 +644,10 @@ def test_training_the_text_encoder_too_writes_both(tmp_path: Path, pictures: Pat
 
 @pytest.mark.slow
 def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path) -> None:
-    drawn: dict[str, Any] = {"preview_steps": 2, "preview_every": 3, "preview_prompts": ("a cat", "a dog")}
+    drawn: dict[str, Any] = {"steps": 2, "preview_steps": 1, "preview_every": 1, "preview_prompts": ("a cat", "a dog")}
     result = train(small(pictures, tmp_path, **drawn), pipe=make_pipe())
     names = sorted(path.name for path in (result.run_dir / "previews").iterdir())
-    rows = ("base", "step_000003", "step_000006")
+    rows = ("base", "step_000001", "step_000002")
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
@@ -775,7 +775,8 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, pictures: Path,
 
 @pytest.mark.slow
 def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, pictures: Path) -> None:
-    run = train(small(pictures, tmp_path, preview_steps=1, preview_prompts=("a cat",)), pipe=make_pipe()).run_dir
+    first: dict[str, Any] = {"steps": 2, "save_every": 1, "preview_steps": 1, "preview_prompts": ("a cat",)}
+    run = train(small(pictures, tmp_path, **first), pipe=make_pipe()).run_dir
     (run / "logs").mkdir()
     (run / "logs" / "events.out.tfevents.1.host.2").write_bytes(b"")
     own = [run / place / name for place, name in (
@@ -792,7 +793,7 @@ def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, picture
 
 @pytest.mark.slow
 def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Path) -> None:
-    run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
+    run = train(small(pictures, tmp_path, steps=1), pipe=make_pipe()).run_dir
     told = json.loads((run / "run.json").read_text())
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     running = told | {"state": "running", "process": {"host": told["process"]["host"], "pid": other.pid}}
@@ -800,11 +801,11 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Pa
     hows: tuple[dict[str, Any], ...] = ({"resume": True}, {"overwrite": True}, {})
     for how in hows:
         with pytest.raises(UserError, match=rf"process {other.pid} trains into .*run now"):
-            train(small(pictures, tmp_path, steps=7, **how), pipe=make_pipe())
+            train(small(pictures, tmp_path, steps=2, **how), pipe=make_pipe())
     running["process"]["began"] = 1  # another process had this id then
     (run / "run.json").write_text(json.dumps(checksums.sealed(running)))
     if Path("/proc/self/stat").exists():
-        train(small(pictures, tmp_path, steps=7, resume=True), pipe=make_pipe())
+        train(small(pictures, tmp_path, steps=2, resume=True), pipe=make_pipe())
     other.communicate(b"\n")
 
 

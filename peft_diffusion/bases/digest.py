@@ -15,7 +15,7 @@ from ..core.sharded import whole
 _SAMPLES = 1024
 _GROUP, _AT_ONCE = 1 << 24, 1 << 20  # words that are weighed from 1 on, and those that are computed with at a time
 # Most tensors are small, and numpy asks less of a call than torch does: sums modulo 2 to the 64 are the same in any order.
-_FIRST_POSITIONS = np.arange(1, 1 + (1 << 14)) % 65521
+_FIRST_POSITIONS = np.arange(1, 1 + (1 << 17)) % 65521
 _FINGERPRINT = "fingerprint_before_quantization"  # an attribute of a quantized component
 
 
@@ -120,7 +120,7 @@ def _checksum(tensor: Tensor) -> tuple[int, int]:
     words = (torch.nn.functional.pad(data, (0, missing)) if missing else data).view(torch.int32)
     if words.device.type == "cpu" and len(words) <= len(_FIRST_POSITIONS):
         few = words.numpy().astype(np.int64)
-        return int(few.sum()) % 2**64, int((few * _FIRST_POSITIONS[: len(few)]).sum()) % 2**64
+        return int(few.sum()) % 2**64, int(few @ _FIRST_POSITIONS[: len(few)]) % 2**64
     plain = weighted = 0
     for group in torch.split(words, _GROUP):
         of_group, start = 0, 1

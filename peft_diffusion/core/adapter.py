@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -464,6 +464,33 @@ def parts_of(adapter: Adapter) -> list[Adapter]:
     return adapter.each() if isinstance(adapter, Chain) else [adapter]
 
 
+def begin(module: nn.Module) -> None:
+    """Do what ``nn.Module.__init__`` does, several times faster: a network has hundreds of sites.
+
+    Args:
+        module: One that was just made and that is never called, so that all such share their hooks for calls.
+    """
+    shared, made = _beginning()
+    own = vars(module)
+    own.update(shared)
+    for name, kind in made:
+        own[name] = kind()
+
+
+_FOR_CALLS = frozenset((
+    "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+))  # fmt: skip
+
+
+@cache
+def _beginning() -> tuple[dict[str, Any], list[tuple[str, type]]]:
+    """What a new module has: what all may share, and of which kinds each has empty ones of its own."""
+    own = vars(nn.Module())
+    made = {name: type(value) for name, value in own.items() if isinstance(value, (dict, set)) and name not in _FOR_CALLS}
+    return {name: value for name, value in own.items() if name not in made}, list(made.items())
+
+
 class AdapterDict(nn.Module):
     """The adapters of one site, in the order of attachment. Those that a file holds are built when they are asked for."""
 
@@ -471,7 +498,7 @@ class AdapterDict(nn.Module):
     _site: tuple[Site, ...]  # in a tuple, so that the site is no child of its own child
 
     def __init__(self) -> None:
-        super().__init__()
+        begin(self)
         # Not by nn.Module.__setattr__, which looks through all kinds of members each time: a network has hundreds of sites.
         vars(self).update(_stored={}, _site=())
 

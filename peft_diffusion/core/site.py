@@ -329,11 +329,13 @@ def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) 
     try:
         for path, adapters in held.items():
             adapters.exchange(name, stored[path])
-        _pack(component, carriers, name)
+        if not _rewritten(carriers, name, stored):
+            _pack(component, carriers, name)
         next(iter(carriers.values()))._peft_diffusion.strengths.changes += 1
     except BaseException:  # as of a device that is full
         for path, adapters in held.items():
             adapters.exchange(name, before[path])
+        unpack(component)
         pack(component)
         raise
     return before
@@ -466,6 +468,32 @@ def _pack(component: nn.Module, carriers: Mapping[str, AdaptedSite], exchanged: 
         slot.run_as(Packed(state.slab, place), place)
 
 
+def _rewritten(carriers: Mapping[str, AdaptedSite], name: str, stored: Mapping[str, StoredPair]) -> bool:
+    """Write new pairs of an adapter over the old ones; False, and nothing is written, where there is more to do."""
+    pairs: dict[int, StoredPair] = {}
+    slab = None
+    for path, site in carriers.items():
+        slot, pair = _slot(site), stored[path]
+        place, slab = slot.place, slot.state.slab
+        if place is None or slot.packed is None or len(slot.held.unbuilt) != len(slot.held):
+            return False
+        if slab.ranks(place, name) != pair.rank or slab.computes(place) != _precision(site):
+            return False
+        pairs[place] = pair
+    if slab is None:
+        return False
+    slab.rewrite(name, pairs)
+    return True
+
+
+def _precision(site: nn.Module) -> torch.dtype | None:
+    """The dtype of the first of its own parameters that is numbers, not codes; None where there is none."""
+    for own in site._parameters.values():
+        if own is not None and own.dtype.is_floating_point:
+            return own.dtype
+    return None
+
+
 def _wanted(
     component: nn.Module, state: ComponentState, carriers: Mapping[str, AdaptedSite], exchanged: str | None
 ) -> tuple[dict[int, Wanted], list[tuple[Slot, Wanted]]]:
@@ -473,9 +501,9 @@ def _wanted(
     usual: list[torch.dtype] = []
 
     def precision(site: nn.Module) -> torch.dtype:
-        for own in site._parameters.values():
-            if own is not None and own.dtype.is_floating_point:
-                return own.dtype
+        found = _precision(site)
+        if found is not None:
+            return found
         if not usual:
             # A quantized weight does not tell what its layer computes in; the rest does, if it is of one mind.
             everywhere = {dtype for module in targets.modules(component).values() for dtype in _precisions(module)}

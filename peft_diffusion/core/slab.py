@@ -11,8 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import sub
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -123,51 +122,60 @@ class _Region:
         return _gap(taken, self.room, rank)
 
 
-class _Places(NamedTuple):
-    """Where the pair of a site begins: ``down``, ``up`` and ``rows`` in the slab, and in the flat tensors of its file."""
-
-    down: int
-    up: int
-    rows: int
-    file_down: int
-    file_up: int
+_Places: TypeAlias = tuple[int, int, int, int, int]
+"""Where ``down``, ``up`` and ``rows`` of a site begin in the slab, and where ``down`` and ``up`` begin in the file."""
 
 
 @dataclass(slots=True)
 class Series:
-    """The ranks that an adapter has at sites, which lie at equal distances in the slab and in its file: one view is all.
+    """Ranks of sites that lie at equal distances in the slab, and in their file: one view is all of them.
 
     Attributes:
         region: Of the first site.
-        held: The ranks there.
-        first: Where they are.
+        rank: How many ranks each site has.
+        row: Of the strengths, where an adapter has the ranks.
+        pair: What the first site is to hold there; None where nothing is written.
+        first: Where the ranks of the first site begin.
+        last: Where those of the last one do.
         steps: How far it is from one to the next; None of a single one.
-        last: Where the last ones are.
         number: How many sites there are.
     """
 
     region: _Region
-    held: _Held
+    rank: int
+    row: int
+    pair: Pair | None
     first: _Places
+    last: _Places
     steps: _Places | None = None
-    last: _Places = field(init=False)
     number: int = 1
-
-    def __post_init__(self) -> None:
-        self.last = self.first
 
     def takes(self, at: _Places) -> bool:
         """Take in the ranks of one more site, where they lie as far on as they would have to."""
-        steps = _Places(*map(sub, at, self.last))
-        if self.steps is None:
-            if steps.down <= 0 or steps.up <= 0 or steps.rows <= 0 or steps.file_down < 0 or steps.file_up < 0:
-                return False  # no view goes backwards
+        down, up, rows, file_down, file_up = self.last
+        steps = at[0] - down, at[1] - up, at[2] - rows, at[3] - file_down, at[4] - file_up
+        if steps != self.steps:
+            if self.steps is not None or min(steps) < 0 or 0 in steps[:3]:  # no view goes backwards
+                return False
             self.steps = steps
-        elif steps != self.steps:
-            return False
         self.last = at
         self.number += 1
         return True
+
+    def strides(self, place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tell the strides of all parts of a contiguous shape, (number, *shape), that `first` has at a place."""
+        return (math.prod(shape) if self.steps is None else self.steps[place], *contiguous(shape))
+
+    def in_slab(self, flats: Mapping[torch.dtype, Tensor]) -> tuple[Tensor, Tensor]:
+        """Look at the ranks in flat tensors by dtype: (number, rank, in, ...) and (number, rank, out)."""
+        flat, (outputs, *inputs) = flats[self.region.dtype], self.region.shape
+        begin, width, height = flat.storage_offset(), (self.rank, *inputs), (self.rank, outputs)
+        down = flat.as_strided((self.number, *width), self.strides(0, width), begin + self.first[0])
+        return down, flat.as_strided((self.number, *height), self.strides(1, height), begin + self.first[1])
+
+    def in_rows(self, rows: Tensor) -> Tensor:
+        """Look at the rows of the strengths, (number, rank)."""
+        return rows.as_strided((self.number, self.rank), self.strides(2, (self.rank,)), self.first[2])
 
 
 @lru_cache(maxsize=1000)  # sites that carry the same adapters have the same gaps
@@ -247,6 +255,34 @@ class Slab(nn.Module):
             self._fill(placed)
         return places
 
+    def rewrite(self, name: str, pairs: Mapping[int, StoredPair]) -> None:
+        """Put other pairs of the same ranks in the places of those of an adapter.
+
+        Args:
+            name: What it is called.
+            pairs: The new ones, by place.
+        """
+        placed = []
+        for place, pair in pairs.items():
+            held = self._region(place).held
+            before = held[name]
+            held[name] = now = _Held(before.start, before.rank, before.row, pair)
+            placed.append((place, now))
+        self._fill(placed)
+
+    def ranks(self, place: int, name: str) -> int:
+        """Tell how many ranks an adapter has at a site.
+
+        Args:
+            place: Of the site.
+            name: What the adapter is called.
+
+        Returns:
+            The number; 0 where it has none.
+        """
+        held = self._region(place).held.get(name)
+        return 0 if held is None else held.rank
+
     def computes(self, place: int) -> torch.dtype:
         """Tell what a site computes in.
 
@@ -273,7 +309,7 @@ class Slab(nn.Module):
         if region.dtype != dtype:
             return list(pairs)
         held = region.held
-        return [name for name, pair in pairs.items() if name not in held or held[name].pair is not pair]
+        return [name for name, pair in pairs.items() if (found := held.get(name)) is None or found.pair is not pair]
 
     def weighed(self, values: Tensor, blocks: Mapping[int, int]) -> dict[int, LowRank]:
         """Give the pairs of sites at their strengths, where these are what files hold.
@@ -367,17 +403,29 @@ class Slab(nn.Module):
         """Make the views."""
         flats, rows = self._flats, self._rows
         self._seen = self._addresses()
-        self.views = [
-            None if one is None else SiteView(*_matrices(one, flats), cut(rows, one.rows, (one.room,)))
-            for one in self._regions
-        ]
+        self.views = [None] * len(self._regions)
+        joined: dict[Hashable, list[tuple[Series, list[int]]]] = {}
+        for place, region in enumerate(self._regions):
+            if region is not None:
+                at, alike = (
+                    (region.down, region.up, region.rows, 0, 0),
+                    (region.role, region.shape, region.dtype, region.room),
+                )
+                found = joined.setdefault(alike, [])
+                if not found or not found[-1][0].takes(at):
+                    found.append((Series(region, region.room, 0, None, at, at), []))
+                found[-1][1].append(place)
+        for series, places in itertools.chain.from_iterable(joined.values()):
+            parts = (*series.in_slab(flats), series.in_rows(rows))
+            for place, *own in zip(places, *(part.unbind() for part in parts), strict=True):
+                self.views[place] = SiteView(*own)
 
     @torch.no_grad()
     def _clear(self, gone: Iterable[tuple[int, _Held]]) -> None:
         series = self._series(gone, apart=False)
         if series:
             flats = self._flats
-            torch._foreach_zero_([part for one in series for part in _parts(one, flats)])
+            torch._foreach_zero_([part for one in series for part in one.in_slab(flats)])
 
     @torch.no_grad()
     def _fill(self, placed: Iterable[tuple[int, _Held]]) -> None:
@@ -385,15 +433,13 @@ class Slab(nn.Module):
         series = self._series(placed, apart=True)
         if series:
             flats = self._flats
-            places = [_parts(one, flats) for one in series]
+            places = [one.in_slab(flats) for one in series]
             pairs = uploaded(series, self.device)
             # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
             torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
-            _fill_scaled([up for _, up in places], pairs)
+            _fill_scaled([up.transpose(1, 2) for _, up in places], pairs)
         for one in series:
-            start, rank = one.first.rows, one.held.rank
-            rows = self._host_rows.as_strided((one.number, rank), (one.steps.rows if one.steps else rank, 1), start)
-            rows.fill_(one.held.row)
+            one.in_rows(self._host_rows).fill_(one.row)
         self._rows.copy_(self._host_rows)
 
     def _series(self, placed: Iterable[tuple[int, _Held]], *, apart: bool) -> list[Series]:
@@ -401,22 +447,26 @@ class Slab(nn.Module):
         ``apart`` what is of other files, or has other scales or rows, is not joined."""
         found: list[Series] = []
         latest: dict[Hashable, Series] = {}
+        regions = self._regions
         for place, held in placed:
-            region, pair = self._region(place), held.pair
-            start, outputs = held.start, region.shape[0]
-            down, up = region.down + start * region.width, region.up + start * outputs
-            alike: Hashable = region.role, region.shape, region.dtype, held.rank
+            region, pair, start, rank, row = regions[place], held.pair, held.start, held.rank, held.row
+            if region is None:
+                continue
+            shape = region.shape
+            down, up, rows = region.down + start * region.width, region.up + start * shape[0], region.rows + start
+            alike: Hashable
             if not apart:
-                at = _Places(down, up, region.rows + start, 0, 0)
+                at, alike = (down, up, rows, 0, 0), (region.role, shape, region.dtype, rank)
             elif isinstance(pair, StoredPair):
-                at = _Places(down, up, region.rows + start, pair.down.start, pair.up.start)
-                alike = alike, held.row, pair.scale, id(pair.down.flat), id(pair.up.flat)
+                (flat, begin), (other, above) = pair.down, pair.up
+                at = (down, up, rows, begin, above)
+                alike = (region.role, shape, region.dtype, rank, row, pair.scale, id(flat), id(other))
             else:
-                found.append(Series(region, held, _Places(down, up, region.rows + start, 0, 0)))
+                found.append(Series(region, rank, row, pair, (down, up, rows, 0, 0), (down, up, rows, 0, 0)))
                 continue
             before = latest.get(alike)
             if before is None or not before.takes(at):
-                latest[alike] = one = Series(region, held, at)
+                latest[alike] = one = Series(region, rank, row, pair, at, at)
                 found.append(one)
         return found
 
@@ -481,16 +531,6 @@ def _fill_scaled(places: list[Tensor], pairs: Sequence[Matrices]) -> None:
         torch._foreach_mul_([places[one] for one in held], [pairs[one].scale for one in held])
 
 
-def _parts(series: Series, flats: Mapping[torch.dtype, Tensor]) -> tuple[Tensor, Tensor]:
-    """The ranks of a series: (number, rank, in, ...) and, as files have it, (number, out, rank)."""
-    flat, rank, (outputs, *inputs) = flats[series.region.dtype], series.held.rank, series.region.shape
-    begin, first, number = flat.storage_offset(), series.first, series.number
-    shape = (rank, *inputs)
-    next_down, next_up = (series.steps.down, series.steps.up) if series.steps else (math.prod(shape), outputs * rank)
-    down = flat.as_strided((number, *shape), (next_down, *contiguous(shape)), begin + first.down)
-    return down, flat.as_strided((number, outputs, rank), (next_up, 1, outputs), begin + first.up)
-
-
 def uploaded(series: Sequence[Series], device: torch.device) -> list[Matrices]:
     """Bring pairs to a device, with one copy for all that lie in one flat tensor, as those of a file do.
 
@@ -505,18 +545,14 @@ def uploaded(series: Sequence[Series], device: torch.device) -> list[Matrices]:
     flats = _copied(series, device)
     found = []
     for one in series:
-        pair = one.held.pair
+        pair = one.pair
         if isinstance(pair, StoredPair):
-            down_shape, up_shape = pair.form.down_shape, pair.form.up_shape
+            width, height = pair.form.down_shape, pair.form.up_shape
             (down, before), (up, above) = flats[id(pair.down.flat)], flats[id(pair.up.flat)]
-            next_down = one.steps.file_down if one.steps else math.prod(down_shape)
-            next_up = one.steps.file_up if one.steps else math.prod(up_shape)
-            downs = down.as_strided(
-                (one.number, *down_shape), (next_down, *contiguous(down_shape)), one.first.file_down + before
-            )
-            ups = up.as_strided((one.number, *up_shape), (next_up, *contiguous(up_shape)), one.first.file_up + above)
+            downs = down.as_strided((one.number, *width), one.strides(3, width), one.first[3] + before)
+            ups = up.as_strided((one.number, *height), one.strides(4, height), one.first[4] + above)
             found.append(Matrices(downs, ups, pair.scale))
-        else:
+        elif pair is not None:
             own, other, scale = pair.matrices()
             downs, ups = (matrix.to(device, non_blocking=True)[None] for matrix in (own, other))
             found.append(Matrices(downs, ups, scale))
@@ -533,12 +569,12 @@ def _copied(series: Sequence[Series], device: torch.device) -> dict[int, tuple[T
     spans: dict[int, tuple[int, int]] = {}
     flats: dict[int, Tensor] = {}
     for one in series:
-        pair = one.held.pair
+        pair = one.pair
         if isinstance(pair, StoredPair):
             form = pair.form
             for flat, first, last, shape in (
-                (pair.down.flat, one.first.file_down, one.last.file_down, form.down_shape),
-                (pair.up.flat, one.first.file_up, one.last.file_up, form.up_shape),
+                (pair.down.flat, one.first[3], one.last[3], form.down_shape),
+                (pair.up.flat, one.first[4], one.last[4], form.up_shape),
             ):
                 flats[id(flat)] = flat
                 begin, end = spans.get(id(flat), (first, 0))

@@ -124,8 +124,16 @@ class Aliases:
 
 
 def aliases() -> Aliases:
-    """Collect the aliases of all methods that are known now."""
-    return _aliases_of(tuple(methods.known().values()))
+    """Collect the aliases of all methods that are known now. It is asked for with every name of a file."""
+    global _latest
+    now, (before, found) = tuple(methods.known().values()), _latest
+    if found is None or now != before:
+        found = _aliases_of(now)
+        _latest = now, found
+    return found
+
+
+_latest: "tuple[tuple[type[Method], ...], Aliases | None]" = ((), None)
 
 
 @cache

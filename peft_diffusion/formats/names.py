@@ -1,7 +1,7 @@
 """Names in adapter files, as data that several layouts share. Imports no torch."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 from ..bases import family as families
 from ..bases.family import Component, Family
@@ -129,6 +129,7 @@ def claimants(site: str) -> tuple[str, ...]:
     return (*some, *every)
 
 
+@lru_cache(maxsize=20_000)  # files name a site once for each tensor
 def site_name(site: str) -> str:
     """Bring a path, or a name that a file gives a site, to the one spelling in which they are compared.
 

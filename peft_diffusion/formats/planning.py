@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -515,7 +515,12 @@ def recognized(suffixes: Set[str]) -> tuple[type[Method], ...]:
     Returns:
         The methods, in the order of their registration.
     """
-    return tuple(method for method in methods.known().values() if method.recognizes(suffixes))
+    return _recognized_by(tuple(methods.known().values()), frozenset(suffixes))
+
+
+@lru_cache(maxsize=1000)  # most sites of a file have the same
+def _recognized_by(known: tuple[type[Method], ...], suffixes: frozenset[str]) -> tuple[type[Method], ...]:
+    return tuple(method for method in known if method.recognizes(suffixes))
 
 
 def known_suffixes(chosen: Sequence[type[Method]]) -> frozenset[str]:
@@ -527,6 +532,11 @@ def known_suffixes(chosen: Sequence[type[Method]]) -> frozenset[str]:
     Returns:
         All of their suffixes.
     """
+    return _suffixes_of(tuple(chosen))
+
+
+@lru_cache(maxsize=1000)
+def _suffixes_of(chosen: tuple[type[Method], ...]) -> frozenset[str]:
     return frozenset[str]().union(*(method.suffixes for method in chosen))
 
 

@@ -58,6 +58,12 @@ _NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+@cache
+def _claimed(known: Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What names with dots begin with that name a component, and what flat names begin with."""
+    return tuple(dotted_starts()), (LYCORIS, "lora_", *prefixes())
+
+
 class Diffusers(Layout):
     """Files of diffusers: the component's name before the path, and the configuration in the metadata."""
 
@@ -66,8 +72,9 @@ class Diffusers(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component, or with a path alone, and end as a method's do there."""
-        start = max((len(start) for start in dotted_starts() if name.startswith(start)), default=0)
-        is_flat = not start and name.startswith((LYCORIS, "lora_", *prefixes()))
+        starts, flat = _claimed(known_rows())
+        start = max(len(start) for start in starts if name.startswith(start)) if name.startswith(starts) else 0
+        is_flat = not start and name.startswith(flat)
         return None if is_flat or aliases().parts(name) is None else start
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
@@ -183,7 +190,7 @@ class _Tensor:
     @cached_property
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
-        return replace(_place(self.stem, self.suffix), change=self.change, whole=self.whole)
+        return _place(self.stem, self.suffix, self.change, self.whole)
 
 
 def _located(stem: str) -> tuple[str, str, str]:
@@ -206,12 +213,12 @@ def _starts(known: Rows) -> Mapping[str, str]:
     return {start: starts[start] for start in sorted(starts, key=len, reverse=True)}
 
 
-def _place(stem: str, suffix: str) -> Place:
+def _place(stem: str, suffix: str, change: "Callable[[Tensor], Tensor] | None" = None, whole: Whole | None = None) -> Place:
     _, path, component = _located(stem)
     if component:
-        return Place(component, path, suffix, stem=stem)
+        return Place(component, path, suffix, change=change, stem=stem, whole=whole)
     found = claimants(path)
-    return Place(found[0], path, suffix, "", found[1:], False, stem=stem)
+    return Place(found[0], path, suffix, "", found[1:], False, change, stem, whole=whole)
 
 
 def _read_whole(header: Header, names: Sequence[str], stems: Sequence[str]) -> tuple[dict[str, Place], dict[str, str]]:

@@ -56,7 +56,10 @@ class Foreign(ReadOnly):
 
 def _start(name: str) -> str:
     """What a name begins with, of those that no family here has; "" where it is none."""
-    start = next((start for start in _starts(known_rows()) if name.startswith(start)), "")
+    starts = _starts(known_rows())
+    if not name.startswith(starts):  # asked for the names of all layouts
+        return ""
+    start = next(start for start in starts if name.startswith(start))
     return start if start != _TRANSFORMER or _OF_TRANSFORMER.match(name) else ""
 
 

@@ -6,7 +6,7 @@ is: ``peft_diffusion.<component>.<path>.<suffix>``; new words as the layout ``em
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
@@ -136,15 +136,21 @@ def _starts(known: Rows) -> tuple[str, ...]:
 def _place(name: str) -> Place | None:
     stem, end = _parted(name)
     site = stem.replace(".", "_")
-    told = aliases().meaning(end)
+    found, path = _located(known_rows(), site)
+    if not found:
+        return None
+    told, named = aliases().meaning(end), not site.startswith(LYCORIS)
+    return Place(found[0], path, told.suffix, "", found[1:], named, told.change, stem, whole=told.whole)
+
+
+@lru_cache(maxsize=4096)  # files name a site once for each tensor
+def _located(known: Rows, site: str) -> tuple[tuple[str, ...], str]:
+    """The components that a flat name of a site may mean, and its path there."""
     if site.startswith(LYCORIS):
         path = site.removeprefix(LYCORIS)
-        found = claimants(path) if path else ()
-        if not found:
-            return None
-        return Place(found[0], path, told.suffix, "", found[1:], False, told.change, stem, whole=told.whole)
+        return (claimants(path) if path else ()), path
     start, component = max(((start, one) for start, one in prefixes().items() if site.startswith(start)), key=_length)
-    return Place(component, site.removeprefix(start), told.suffix, change=told.change, stem=stem, whole=told.whole)
+    return (component,), site.removeprefix(start)
 
 
 def _parted(name: str) -> tuple[str, str]:

@@ -45,7 +45,10 @@ class OpenClip(ReadOnly):
 
     def claims(self, name: str) -> int | None:
         """Names of text encoders whose path begins as only open_clip's do."""
-        starts = [start for start in _starts(known_rows()) if name.startswith(start)]
+        known = _starts(known_rows())
+        if not name.startswith(known):  # asked for the names of all layouts
+            return None
+        starts = [start for start in known if name.startswith(start)]
         matches = [len(start) + len(match[0]) for start in starts if (match := _BLOCK.match(name.removeprefix(start)))]
         return max(matches, default=None)
 
@@ -83,10 +86,10 @@ class OpenClip(ReadOnly):
 
 
 @cache
-def _starts(known: Rows) -> list[str]:
+def _starts(known: Rows) -> tuple[str, ...]:
     """What the names of text encoders begin with, of the families that are known."""
     starts = {**prefixes(), **dotted_starts()}
-    return [start for start, component in starts.items() if families.role_of(component) == "text encoder"]
+    return tuple(start for start, component in starts.items() if families.role_of(component) == "text encoder")
 
 
 def _parted(place: Place, shape: tuple[int, ...]) -> tuple[Place, ...]:

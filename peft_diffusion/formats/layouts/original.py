@@ -6,7 +6,7 @@ ones, ``diffusion_model.input_blocks.4.1.proj_in.lora_down.weight``. All else in
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...bases import family as families
@@ -138,12 +138,13 @@ def original_names(component: "nn.Module") -> dict[str, str]:
     config: Any = getattr(component, "config", None)
     if targets.architecture(component) != "UNet2DConditionModel" or not isinstance(config.layers_per_block, int):
         return {}
-    attended = ["CrossAttn" in kind for kind in config.up_block_types]
+    attended = tuple("CrossAttn" in kind for kind in config.up_block_types)
     named = ((path, _original(path, config.layers_per_block, attended)) for path in targets.modules(component))
     return {path: name for path, name in named if name is not None}
 
 
-def _original(path: str, layers: int, attended: Sequence[bool]) -> str | None:
+@lru_cache(maxsize=20_000)  # asked for with the first file of each shape
+def _original(path: str, layers: int, attended: tuple[bool, ...]) -> str | None:
     if path in _OUTER:
         return _OUTER[path]
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)(?:\.(.+))?", path):
