@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_diffusion.api import train
 from peft_diffusion.bases import components
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
@@ -24,8 +25,9 @@ from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.lora.shared_basis import SharedBasisLora, basis_rows
+from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.attachment import NAME, attach, selected_components
+from peft_diffusion.training.attachment import NAME, attach, selected_components, with_words
 from peft_diffusion.training.loop.overlap import Overlap
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.machine.processes import Processes
@@ -94,6 +96,80 @@ def test_prompts_of_others_are_answered_as_without_the_new_adapter(tmp_path: Pat
         assert float(moved) > 0
         expected = float(plain.loss(own)) + 3.0 * float(moved)
         assert float(task.loss(inputs)) == pytest.approx(expected, rel=1e-5)
+
+
+def soft_prompt_of(pipe: Any, name: str) -> None:
+    """Attach one to the text encoder that changes what is answered."""
+    begun = with_initial_tokens(pipe, "text_encoder", SoftPrompt(4, initial="red"))
+    site.attach(pipe.text_encoder, name, begun, "tokens")
+    randomize(pipe.text_encoder, name)
+    site.freeze(pipe.text_encoder)
+    teach(pipe)
+
+
+def answered(task: DiffusionTask, pipe: Any, prompt: str, inputs: dict[str, Tensor], row: int) -> Tensor:
+    """What the plain modules of a base answer to a row of a batch, told a prompt."""
+    ids = pipe.tokenizer([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    latents, noise, timesteps = (inputs[name][row : row + 1] for name in ("latents", "noise", "timesteps"))
+    power = task.powers[timesteps].view(-1, 1, 1, 1)
+    noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
+    with torch.no_grad():
+        answer: Tensor = pipe.unet(noisy, timesteps, pipe.text_encoder(ids).last_hidden_state).sample
+    return answer
+
+
+@pytest.mark.slow
+def test_a_class_is_answered_without_the_soft_prompt_that_learns_and_with_those_of_others(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures", 2)
+    of_class = {"regularisation": (draw_pictures(tmp_path / "class", 2),), "components": ("text_encoder",)}
+    learns: dict[str, Any] = {"method": "prompt", "rank": None, "batch_size": 1, "debiased": False, "min_snr_gamma": 0.0}
+    learns |= {"caption_dropout": 0.0, **of_class}
+    for other in (False, True):
+        pipe: Any = make_pipe()
+        prepared = prepare(small(folder, tmp_path, **learns), pipe, lambda event: None, TrainingPictures())
+        with_other: Any = make_pipe()
+        for base in (pipe, with_other) if other else ():
+            soft_prompt_of(base, OTHER.name)
+        made = with_words(pipe, blocks(prepared.config))
+        arena = Arena(attach(selected_components(pipe, ("text_encoder",)), made, 0, lambda name: 1e-3).groups)
+        arena.flat.add_(0.5 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(0)))
+        teach(pipe)
+        task = diffusion_task(prepared, made, Processes(), others=[OTHER] if other else [])
+        inputs = task.inputs(0, 0)
+        assert task.prior is not None
+        (entry,) = task.prior_entries(task.batch(0, 0).bucket, 0, 0)
+        prompt = task.prior.plain(task.prior_rules)[task.prior.latents.entries[entry].picture]
+        expected = answered(task, with_other, prompt, inputs, 1)
+        found = task._base_answer(inputs)
+        assert found is not None
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (answered(task, pipe, prompt, inputs, 1) - expected).abs().max() > 1e-3
+        own = task.train.plain(task.settings.rules)[task.train.latents.entries[task.batch(0, 0).indices[0]].picture]
+        with torch.no_grad():
+            moved = (answered(task, pipe, prompt, inputs, 1) - expected).square().mean()
+            missed = (answered(task, pipe, own, inputs, 0) - inputs["noise"][:1]).square().mean()
+            assert float(task.loss(inputs)) == pytest.approx(float(missed + moved), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_soft_prompt_of_others_stands_before_no_prompt_in_steps_in_which_it_is_off(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures", 2)
+    trains: dict[str, Any] = {"components": ("unet", "text_encoder"), "batch_size": 1, "caption_dropout": 0.0}
+    tasks = []
+    for beside in ({"beside": ("other.safetensors",), "beside_dropout": 0.5}, {}):
+        pipe: Any = make_pipe()
+        prepared = prepare(small(folder, tmp_path, **trains, **beside), pipe, lambda event: None, TrainingPictures())
+        if beside:
+            soft_prompt_of(pipe, OTHER.name)
+        made = blocks(prepared.config)
+        arena = Arena(attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3).groups)
+        arena.flat.add_(0.05 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(0)))
+        tasks.append(diffusion_task(prepared, made, Processes(), others=[OTHER] if beside else []))
+    sometimes, never = tasks
+    off = next(step for step in range(40) if sometimes.alone(step))
+    on = next(step for step in range(40) if not sometimes.alone(step))
+    assert float(loss_at(sometimes, off, 0, CPU)) == pytest.approx(float(loss_at(never, off, 0, CPU)), rel=1e-6)
+    assert float(loss_at(sometimes, on, 0, CPU)) != pytest.approx(float(loss_at(never, on, 0, CPU)), rel=1e-4)
 
 
 def test_prompts_that_call_others_are_those_given_or_their_triggers() -> None:

@@ -356,6 +356,19 @@ def _plain(name: str, batch: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(batch[name.replace("emphasis", "ids")], dtype=torch.float32)
 
 
+def told(batch: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a batch other prompts.
+
+    Args:
+        batch: Tensors by name, (batch, ...) each.
+        tokens: The prompts, as `TextSide.tokenized` gives them.
+
+    Returns:
+        The same with these in the place of what it told.
+    """
+    return {name: one for name, one in batch.items() if not name.startswith(_OF_PROMPTS)} | dict(tokens)
+
+
 @torch.no_grad()
 def encode_frozen(side: TextSide, prompts: list[str]) -> Encoding:
     """Encode prompts without gradients, for encoders that are not trained.

@@ -17,8 +17,9 @@ from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
 from ...bases.pipelines import Pipeline
-from ...bases.prompts import Reading, encode_frozen, together
+from ...bases.prompts import Reading, encode_frozen, together, told
 from ...core import site
+from ...core.adapter import parts_of
 from ...core.errors import UserError
 from ...core.events import Observer, progress, untold
 from ...data import inpainting_masks
@@ -45,6 +46,7 @@ _OTHER_PROMPTS = (
     "a red apple", "a photo of a dog", "a house by a lake", "a portrait of a woman", "a car", "a tree", "a bird", "a city",
 )  # fmt: skip
 _OTHER_PLACES = (0.65, 0.9)
+_OF_BASE = "of_base_"  # what names of tokens begin with that the base reads in place of the batch's
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ class DiffusionTask:
         weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.text = self.denoiser.text.read_as(settings.reading)
-        self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
+        of_text = [one for encoder in self.text.encoders for one in site.adapters(encoder, name).values()]
+        self.trains_text = bool(of_text)
+        self.precedes = any(part.precedes for adapter in of_text for part in parts_of(adapter))
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
         self.chosen_timesteps = _timesteps(settings, len(self.powers))
@@ -253,11 +257,18 @@ class DiffusionTask:
         Returns:
             Tensors by name, on the CPU.
         """
+        alone = self.alone(step)
+        embeddings = self.embeddings_alone if alone else self.embeddings
+        # Soft prompts of the others stand before a prompt that is read anew only where the others are on.
+        with self._without(self.settings.others if alone and embeddings is None else ()):
+            return self._inputs(step, micro, embeddings)
+
+    def _inputs(self, step: int, micro: int, embeddings: TextCache | None) -> dict[str, Tensor]:
+        """The same, with the embeddings of the prompts; None where these are read anew."""
         seed, batch = self.settings.seed, self.batch(step, micro)
         chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
         prompts = self._prompts(self.train, batch.indices, self.settings.rules, chances)
-        told = self.embeddings_alone if self.alone(step) else self.embeddings
-        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro), told)
+        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro), embeddings)
         if self.fills:
             share = sum(batch.weights) / len(batch.weights)
             weights = batch.weights[self.settings.processes.part(self.settings.batch_size)]
@@ -268,11 +279,20 @@ class DiffusionTask:
         entries = self.prior_entries(batch.bucket, step, micro)
         chances = [random.Random(seed_of(seed, "prior caption", step, micro, row)) for row in range(len(entries))]
         prompts = self._prompts(self.prior, entries, self.prior_rules, chances)
-        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro), told)
+        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro), embeddings)
         kept["weights"] *= self.settings.prior_weight
         kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
-        return {name: tensor * (2 if name == "weights" else 1) for name, tensor in together(found, kept).items()}
+        both = {name: tensor * (2 if name == "weights" else 1) for name, tensor in together(found, kept).items()}
+        return both | self._read_by_base(prompts[self.settings.processes.part(self.settings.batch_size)])
+
+    def _read_by_base(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts of the class as the base reads them, where the adapter is a soft prompt, which is not to stand before them
+        then; nothing else, as both read the same."""
+        if not self.precedes or self.settings.prior_target != "base":
+            return {}
+        with self._base():
+            return {_OF_BASE + name: tensor for name, tensor in self.text.tokenized(prompts).items()}
 
     @staticmethod
     def _prompts(
@@ -583,8 +603,11 @@ class DiffusionTask:
         """What the base says to the pictures of the class; None where the pictures themselves are learned."""
         if self.prior is None or self.settings.prior_target != "base":
             return None
+        both = {name: tensor for name, tensor in inputs.items() if not name.startswith(_OF_BASE)}
+        of_class = {name: tensor[self.settings.batch_size :] for name, tensor in both.items()}
+        read = {name.removeprefix(_OF_BASE): tensor for name, tensor in inputs.items() if name.startswith(_OF_BASE)}
         with torch.no_grad(), self._base():
-            return self.answer({name: tensor[self.settings.batch_size :] for name, tensor in inputs.items()})[0]
+            return self.answer(told(of_class, read) if read else of_class)[0]
 
     def _base(self) -> ExitStack:
         """The base without the adapter."""
