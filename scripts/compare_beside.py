@@ -53,6 +53,7 @@ from scripts.build_base.sources import icon_set
 from scripts.measuring import circumstances, in_processes, markdown_table, run, write_results
 
 ASKED = 1 / 3  # of the rise that has to go
+_ROUNDING = 1e-9  # of what lies between two strengths, as a share
 Style = Literal["loss", "told"]  # how well drawings that nobody trained on are fitted, or pictures told by a judge
 STYLES: tuple[Style, ...] = ("loss", "told")
 
@@ -386,12 +387,10 @@ class Course:
 
     @classmethod
     def of(cls, several: Sequence[Mapping[str, Any]]) -> "Course":
-        """Read those of one variant."""
-        steps = [(1.0, list(several))]
-        for place, one in enumerate(several[0]["others"]):
-            steps.append((one["strength"], [each["others"][place] for each in several]))
-        steps.sort(key=lambda step: step[0])
-        return cls([strength for strength, _ in steps], [measured for _, measured in steps])
+        """Read those of one variant, at the strengths that all seeds were measured at: runs may differ in them."""
+        found = [{one["strength"]: one for one in each["others"]} | {1.0: each} for each in several]
+        strengths = sorted(set(found[0]).intersection(*found[1:]))
+        return cls(strengths, [[each[strength] for each in found] for strength in strengths])
 
     def losses(self, place: float, kind: str) -> list[float]:
         """The loss of each drawing, as the mean over seeds, which between two strengths is taken to change evenly."""
@@ -412,12 +411,13 @@ class Course:
     def least(self, kind: Style, aim: float) -> float:
         """The place of the least strength at which the second's style is as much as asked; the last where it never is."""
         found = [self._told(one) if kind == "told" else -sum(losses_of(one, "second alone")) for one in self.measured]
-        place = next((number for number, one in enumerate(found) if one >= aim), None)
+        enough = aim - _ROUNDING * abs(aim)
+        place = next((number for number, one in enumerate(found) if one >= enough), None)
         if place is None:
             return float(len(found) - 1)
         if place == 0:
             return 0.0
-        return place - (found[place] - aim) / (found[place] - found[place - 1])
+        return place - max(0.0, found[place] - aim) / (found[place] - found[place - 1])
 
     @staticmethod
     def _told(measured: Sequence[Mapping[str, Any]]) -> float:

@@ -257,6 +257,29 @@ def test_at_equal_style_both_seconds_are_as_strong_as_that_takes() -> None:
     assert (best.words()[0], worst.words()[0]) == ("1.00, 1.00", "0.40, 1.00")
 
 
+def test_a_strength_at_which_as_many_are_told_is_not_missed_by_rounding() -> None:
+    shares = {0.3: 1 / 2, 0.5: 1 / 2, 0.7: 1 / 2, 0.85: 0.8}
+    plain = at(1.0, 0.3, 0.06, 1.0, 0.8) | {"others": [at(s, 0.2, 0.1, 1.0, told) for s, told in shares.items()]}
+    own = at(1.0, 0.1, 0.07, 1.0, 0.1) | {"others": [at(1.25, 0.2, 0.05, 1.1, 1.0)]}
+    found = AtEqualStyle(Course.of([plain] * 3), Course.of([own] * 3), "told")
+    assert found.own.told(found.places[1]) > 0.8  # by the last digit, as it lies between two strengths
+    assert found.plain.strength(found.places[0]) == pytest.approx(0.85)
+    assert found.own.strength(found.places[1]) == pytest.approx(1 + 0.25 * 7 / 9)
+
+
+def test_seeds_are_put_together_by_their_strengths() -> None:
+    def of(seed: float, *strengths: float) -> dict[str, Any]:
+        others = [at(s, 0.1, 0.1, seed + s, s) for s in strengths]
+        return at(1.0, 0.1, 0.1, seed + 1.0, 1.0) | {"others": others}
+
+    course = Course.of([of(0.0, 0.3, 0.5, 0.7), of(2.0, 0.7, 0.3, 1.0, 0.7)])  # --weaker was another with the second
+    assert course.strengths == [0.3, 0.7, 1.0]
+    for place, strength in enumerate(course.strengths):
+        assert course.told(float(place)) == pytest.approx(strength)
+        assert course.losses(float(place), "second alone")[0] == pytest.approx(1.0 + strength)
+    assert all("first alone" in one for one in course.measured[2])
+
+
 def test_every_variant_has_files_of_its_own_and_comes_after_what_it_needs() -> None:
     jobs = [Job(0, "a", "b", name) for name in compare_beside.VARIANTS]
     assert len({job.stem for job in jobs}) == len(jobs)
