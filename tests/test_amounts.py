@@ -58,7 +58,8 @@ def test_a_strength_is_read_and_written(ink: Path, text: str, whole: float, part
     ("text", "said"),
     [
         ("lots", "must be a number as 0.8, parts as"), ("0.8,0.2", "must be a number"), ("te:", "must be a number"),
-        ("te:inf", "finite number"), ("0.6:1,0.2:0", "places of a schedule rise"), ("2:1", "places of a schedule rise"),
+        ("te:inf", "finite number"), ("0.6:1,0.2:0", "'0.6:1,0.2:0': steps are places"),
+        ("2:1", "ink.safetensors is '2:1': steps are places"),
     ],
 )  # fmt: skip
 def test_what_is_no_strength_is_refused(ink: Path, text: str, said: str) -> None:

@@ -30,7 +30,7 @@ from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, i
 from peft_diffusion.formats import composition, plan
 from peft_diffusion.formats.spec import KEY
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training.events import Step
+from peft_diffusion.training.events import HeldOut, Step
 from peft_diffusion.training.record import run_record
 from peft_diffusion.training.record.run_folder import RunFolder
 
@@ -149,16 +149,20 @@ def stopped_at(step: int, config: ComposeTrainConfig, pipe: Any) -> str:
 def test_what_is_kept_apart_is_measured_with_each_checkpoint(
     folder: Path, tiny_pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And not learned from: two of ink's three pictures, as flat has one alone. What is proposed then can be typed."""
+    """And not learned from: two of ink's three pictures, as flat has one alone, which is told. What is proposed then can
+    be typed."""
     config = asked(folder, tiny_base, "strengths", "away/apart.safetensors", held_out=0.5, save_every=4)
-    result = pd.train_composition(config, pipe=tiny_pipe)
+    events: list[Event] = []
+    result = pd.train_composition(config, pipe=tiny_pipe, observers=[events.append])
+    (at_start,) = [event.lines()[0] for event in events if isinstance(event, HeldOut)]
+    assert at_start.startswith("2 pictures kept apart, 2 of ink, none of flat: ")
     record = run_record.only(result.run_dir)
     measured = dict(record.curve("held_out_loss"))
     assert list(measured) == [0, 4, 8]
     assert result.held_out_after is not None and result.held_out_before is not None
     assert measured[8] == result.held_out_after < result.held_out_before
-    assert "pictures kept apart: loss " in "\n".join(result.lines())
-    assert "2 of them are kept apart to measure on" in (result.run_dir / "report.html").read_text()
+    assert "pictures kept apart, 2 of ink, none of flat: loss " in "\n".join(result.lines())
+    assert "2 of them are kept apart to measure on, 2 of ink, none of flat" in (result.run_dir / "report.html").read_text()
     assert main(["inspect", str(result.output)]) == 0
     told = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert f"held-out loss {result.held_out_after:.4f}" in told

@@ -14,7 +14,9 @@ from test_training import small
 import peft_diffusion as pd
 from peft_diffusion.core.settings import Described, from_text, settings_of, to_json, to_text
 from peft_diffusion.core.settings_file import load
+from peft_diffusion.core.wording import shares
 from peft_diffusion.data import images
+from peft_diffusion.data.folder import TrainingImage
 from peft_diffusion.data.images import Checked, check_picture
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training.machine.processes import Processes
@@ -25,7 +27,7 @@ from peft_diffusion.training.settings.idle import idle
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.resumption import changes
 from peft_diffusion.training.settings.toml import to_toml
-from peft_diffusion.training.tasks.preparation import Prepared, prepare
+from peft_diffusion.training.tasks.preparation import Prepared, _split, apart_of, prepare
 
 Seen = Counter[tuple[str, tuple[int, int], bool]]
 """Of an epoch: prompt, size and whether mirrored, with how often they come."""
@@ -122,6 +124,28 @@ def test_no_data_set_is_kept_apart_as_a_whole(tmp_path: Path) -> None:
         assert [one.dataset for one in of_run.apart] == [1, 1] and {one.dataset for one in of_run.kept} == {0, 1}
     singles = [own[0], pd.Dataset(draw(tmp_path / "other", "only", caption="a dog"))]
     assert not prepared(tmp_path, dataset=singles, held_out=0.5).of_run.apart
+
+
+def pictured(dataset: int, *names: str) -> list[TrainingImage]:
+    """Pictures of a data set that were read; those of one name are the same."""
+    return [TrainingImage(Path(name), name, name, "none", 64, 64, name, dataset=dataset) for name in names]
+
+
+def test_a_share_of_each_data_set_has_some_of_small_ones_too() -> None:
+    """As far as they have two or more, of which one stays; what is in two of them is on the same side in both."""
+    large, small = [f"p{number}" for number in range(30)], ["a", "b"]
+    for both in (("p0",), ()):
+        pictures = [*pictured(0, *large), *pictured(1, *small), *pictured(2, "only"), *pictured(3, "c", *both)]
+        for seed in range(5):
+            kept, apart = _split(pictures, 0.1, seed, of_each=True)
+            of_each = dict(apart_of(("large", "small", "one", "shared"), apart))
+            also = "p0" in {one.digest for one in apart} and of_each["large"] == 4  # drawn of the last data set
+            assert of_each == {"large": 3 + also, "small": 1, "one": 0, "shared": len(both)}
+            assert {one.dataset for one in kept} == {0, 1, 2, 3}
+            assert not {one.digest for one in kept} & {one.digest for one in apart}
+    _, together = _split(pictures, 0.1, 0, of_each=False)
+    assert len(together) == 3
+    assert shares((("large", 3), ("one", 0))) == "3 of large, none of one"
 
 
 @pytest.mark.slow

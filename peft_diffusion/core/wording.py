@@ -16,6 +16,18 @@ def number_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def shares(counts: Sequence[tuple[str, int]]) -> str:
+    """Write how many there are of each.
+
+    Args:
+        counts: Names, each with its number.
+
+    Returns:
+        "2 of ink, none of flat".
+    """
+    return ", ".join(f"{number or 'none'} of {name}" for name, number in counts)
+
+
 def any_of(several: Sequence[str]) -> str:
     """Write what there is to choose from.
 

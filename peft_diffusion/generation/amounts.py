@@ -49,7 +49,10 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
             blocks[key] = value
     if len(whole) > 1:  # as a decimal comma makes them
         raise UserError(f"the strength of {of} must be {_EXAMPLES}, not {text!r}")
-    schedule = Schedule([value for _, value in steps], [place for place, _ in steps]) if steps else None
+    places = [place for place, _ in steps]
+    if places != sorted(places) or not all(0 <= place <= 1 for place in places):
+        raise UserError(f"the strength of {of} is {text!r}: steps are places from 0 to 1, in order, as 0:1,0.6:0")
+    schedule = Schedule([value for _, value in steps], places) if steps else None
     by_part = ByPart(1.0, components, blocks, schedule) if components or blocks or steps else None
     return whole[0] if whole else 1.0, by_part
 

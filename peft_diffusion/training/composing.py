@@ -23,6 +23,7 @@ from ..core.files import at_home, refuse_overlaps
 from ..core.learned_kinds import LEARNED_KINDS
 from ..core.others import Other
 from ..core.settings import pick, portable, to_json
+from ..core.wording import shares
 from ..formats import Plan
 from ..formats.composition import CompositionSpec, Member, write
 from .drawing import Drawing
@@ -41,7 +42,7 @@ from .settings.pictures import TrainConfig
 from .settings.resumption import WEIGHED
 from .tasks.composing import ComposingTask
 from .tasks.diffusion import DiffusionSettings
-from .tasks.preparation import Prepared, check_apart, items, prepare, reading_of
+from .tasks.preparation import Prepared, apart_of, check_apart, items, prepare, reading_of
 from .watch.previews import Previews
 
 COMMAND = "compose train"
@@ -61,6 +62,7 @@ class ComposeResult(RunResult):
         before: The loss on pictures of each adapter, on fixed noise, where all have equal parts that sum to 1.
         after: The same with what was learned.
         numbers: How many numbers were learned.
+        apart: The adapters' names, each with how many of its pictures are kept apart.
     """
 
     config: ResolvedComposeConfig
@@ -68,6 +70,7 @@ class ComposeResult(RunResult):
     before: tuple[float, ...]
     after: tuple[float, ...]
     numbers: int
+    apart: tuple[tuple[str, int], ...]
 
     def lines(self) -> tuple[str, ...]:
         """Tell the loss on the pictures of each adapter, what was made, and what to type next, in lines."""
@@ -82,13 +85,14 @@ class ComposeResult(RunResult):
             f"wrote {self.output} ({self.numbers:,} numbers, {self.seconds:.0f} s); settings, metrics and report.html are in"
             f" {self.run_dir}"
         )
-        apart = []
+        loss_apart = []
         if self.held_out_before is not None and self.held_out_after is not None:
             share = self.held_out_after / self.held_out_before - 1
-            apart = [
-                f"pictures kept apart: loss {self.held_out_before:.4f} before, {self.held_out_after:.4f} now ({share:+.1%})"
+            loss_apart = [
+                f"pictures kept apart, {shares(self.apart)}: loss {self.held_out_before:.4f} before,"
+                f" {self.held_out_after:.4f} now ({share:+.1%})"
             ]
-        return (*losses, *apart, wrote, f"next: {self.next_command}")
+        return (*losses, *loss_apart, wrote, f"next: {self.next_command}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ class ComposeSource:
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "ComposeMaterial":
         """Load the base, read the folders and encode the pictures."""
         training = _as_training(self.asked, self.plans)
-        prepared = prepare(training, self.pipe, tell, self.drawing, processes, folder)
+        each = [one.path.stem for one in self.plans]
+        prepared = prepare(training, self.pipe, tell, self.drawing, processes, folder, each)
         return ComposeMaterial(_resolved(self.asked, prepared), prepared, self.plans)
 
 
@@ -265,8 +270,13 @@ class ComposeMaterial:
             run_dir=config.run_dir, device=config.device, precision=config.precision,
         )  # fmt: skip
         apart = len(self.prepared.of_run.apart)
-        held_out = f"{apart} of them are kept apart to measure on" if apart else ""
+        held_out = f"{apart} of them are kept apart to measure on, {shares(self.apart)}" if apart else ""
         return Facts(defaults=to_json(_resolved(plain, self.prepared)), held_out=held_out)
+
+    @property
+    def apart(self) -> tuple[tuple[str, int], ...]:
+        """How many pictures of each adapter are kept apart."""
+        return apart_of([one.path.stem for one in self.plans], self.prepared.of_run.apart)
 
     def next_command(self) -> str:
         """What to type to draw with what was learned; adapters are found beside its file, and named where they are not."""
@@ -302,7 +312,9 @@ class ComposeMaterial:
         members = tuple(_member(one) for one in self.plans)
         made = CompositionSpec(config.kind, members, self.task.blocks, asdict(self.info), training, found.output)
         numbers = sum(one.numel() for one in self.task.learned.parameters())
-        return ComposeResult(**vars(found), config=config, composition=made, before=before, after=after, numbers=numbers)
+        return ComposeResult(
+            **vars(found), config=config, composition=made, before=before, after=after, numbers=numbers, apart=self.apart
+        )
 
     def training(self) -> dict[str, Any]:
         """The loss before anything is learned."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.events import Event, Warned
 from ..core.shortening import shortened
-from ..core.wording import number_of
+from ..core.wording import number_of, shares
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
 from .settings.presets import FEW_APART
@@ -140,18 +140,21 @@ class HeldOut(Event):
         of: How many there are.
         wanted: Whether some should have been.
         least: How many pictures it takes for some to be kept apart unless it is said; 0 where it was said.
+        of_each: How many of each data set, with its name, where a share of each is kept apart.
     """
 
     count: int
     of: int
     wanted: bool
     least: int
+    of_each: tuple[tuple[str, int], ...] = ()
 
     def lines(self) -> tuple[str, ...]:
         """Tell how many, or why none."""
         if self.count:
             hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
-            return (f"{number_of(self.count, 'picture')} kept apart: the loss there shows when to stop{hint}",)
+            whose = f", {shares(self.of_each)}" if self.of_each else ""
+            return (f"{number_of(self.count, 'picture')} kept apart{whose}: the loss there shows when to stop{hint}",)
         one = "there is but one picture; " if self.of == 1 else "each data set has but one picture; "
         few = one if self.wanted else f"fewer than {self.least} pictures; "
         why = few if self.wanted or self.of < self.least else ""

@@ -86,8 +86,8 @@ class ComposeTrainConfig:
     )
     held_out: float = setting(
         0.0,
-        "Share of the pictures of all folders kept apart to measure on with each checkpoint (0 to below 1); a few numbers "
-        "hardly learn pictures by heart, so 0, which learns from all, is the usual one.",
+        "Share of the pictures of each folder kept apart to measure on with each checkpoint (0 to below 1), at least one of "
+        "two or more; a few numbers hardly learn pictures by heart, so 0, which learns from all, is the usual one.",
         DATA,
         SHARE,
     )

@@ -213,6 +213,7 @@ def prepare(
     drawing: Drawing,
     processes: Processes = Processes(),  # noqa: B008 -- frozen
     run: RunFolder | None = None,
+    each: Sequence[str] = (),
 ) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures.
 
@@ -223,6 +224,7 @@ def prepare(
         drawing: Draws pictures of the class.
         processes: Those that train together.
         run: The run folder; by default that of the settings.
+        each: What each data set is called, where a share of each is kept apart; else it is of all pictures together.
 
     Returns:
         What a run on pictures works on.
@@ -245,17 +247,15 @@ def prepare(
     pictures = _read_pictures(config, parts, tell)
     earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
     resolved = resolve(config, info, len(pictures), device.type, precision=precision, before=earlier)
-    kept, apart = _split(pictures, resolved)
+    kept, apart = _split(pictures, resolved.held_out, resolved.seed, bool(each))
     arranged = parts.arrange(kept, info.step)
     batches = _steps_per_epoch(arranged, resolved, processes)
     resolved = resolve(config, info, len(pictures), device.type, batches, precision=precision, before=earlier)
     parts = parts_of(resolved, resolved.resolution)
     tell(Arranged((*describe_buckets(arranged.fits), *subfolders.describe(kept))))
     _tell_alone(arranged, resolved.batch_size * processes.size, tell)
-    least = FEW_FROM if config.held_out is None else 0
-    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), least))
+    tell(_held_out(config, resolved, pictures, apart, each))
     _tell_odd(config, resolved, apart, arranged.least / batches, tell)
-    rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
     _check_previews(asked, info)
     _tell_prompts([*kept, *apart], parts.rules([*kept, *apart]), text, tell)
@@ -265,7 +265,7 @@ def prepare(
     encode = _Encoder(resolved, info, pipe, tell, parts)
     examples = _encoded(encode, arranged, parts.arrange(apart, info.step, learned=False), of_class)
     of_run = Pictures(*map(tuple, (pictures, kept, apart, of_class)))
-    return Prepared(resolved, pipe, info, of_run, *examples, rules, tuple(asked))
+    return Prepared(resolved, pipe, info, of_run, *examples, replace(rules, dropout=resolved.caption_dropout), tuple(asked))
 
 
 def _steps_per_epoch(arranged: Arrangement, config: ResolvedConfig, processes: Processes) -> int:
@@ -435,24 +435,56 @@ def _read_pictures(config: TrainConfig, parts: Parts, tell: Observer) -> list[Tr
     return parts.counted(found, config.repeats, config.folder_weight)
 
 
-def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[list[TrainingImage], list[TrainingImage]]:
+def _split(
+    pictures: Sequence[TrainingImage], share: float, seed: int, of_each: bool
+) -> tuple[list[TrainingImage], list[TrainingImage]]:
     """Pictures to train on and pictures kept apart, each in their order; at least one of each data set to train on.
 
     What is in several data sets is in all of them on the same side, or it would be measured on what was learned.
+    ``of_each`` has the share kept apart of each data set, or the small ones might have none.
     """
     places: dict[str, Counter[int]] = {}  # how often each is in each data set
     for one in pictures:
         places.setdefault(one.digest, Counter())[one.dataset] += 1
-    count = min(max(1, round(len(places) * config.held_out)), len(places) - 1) if config.held_out else 0
-    drawn = random.Random(seed_of(config.seed, "held out")).sample(list(places), count)
     left, apart = Counter(one.dataset for one in pictures), set[str]()
-    for digest in dict.fromkeys([*drawn, *places]):  # those that are not drawn stand in for others that have to stay
-        if len(apart) == count:
-            break
-        if all(number < left[dataset] for dataset, number in places[digest].items()):
-            left.subtract(places[digest])
-            apart.add(digest)
+    drawn_from = [[one for one in places if number in places[one]] for number in sorted(left)] if of_each else [list(places)]
+    chance = random.Random(seed_of(seed, "held out"))
+    for own in drawn_from:
+        count = min(max(1, round(len(own) * share)), len(own) - 1) if share else 0
+        drawn = chance.sample(own, count)
+        for digest in dict.fromkeys([*drawn, *own]):  # those that are not drawn stand in for others that have to stay
+            if len(apart.intersection(own)) >= count:
+                break
+            if digest not in apart and all(number < left[dataset] for dataset, number in places[digest].items()):
+                left.subtract(places[digest])
+                apart.add(digest)
     return [one for one in pictures if one.digest not in apart], [one for one in pictures if one.digest in apart]
+
+
+def _held_out(
+    config: TrainConfig,
+    resolved: ResolvedConfig,
+    pictures: Sequence[TrainingImage],
+    apart: Sequence[TrainingImage],
+    each: Sequence[str],
+) -> HeldOut:
+    """What is told of the pictures that are kept apart."""
+    least = FEW_FROM if config.held_out is None else 0
+    return HeldOut(len(apart), len(pictures), bool(resolved.held_out), least, apart_of(each, apart))
+
+
+def apart_of(names: Sequence[str], apart: Sequence[TrainingImage]) -> tuple[tuple[str, int], ...]:
+    """Count what is kept apart of each data set.
+
+    Args:
+        names: What each is called, in order.
+        apart: The pictures that are kept apart, of all of them.
+
+    Returns:
+        The names, each with its number of pictures.
+    """
+    counted = Counter(one.dataset for one in apart)
+    return tuple((name, counted[number]) for number, name in enumerate(names))
 
 
 def _tell_alone(arranged: Arrangement, batch_size: int, tell: Observer) -> None:
