@@ -151,7 +151,14 @@ class Series:
     number: int = 1
 
     def takes(self, at: _Places) -> bool:
-        """Take in the ranks of one more site, where they lie as far on as they would have to."""
+        """Take in the ranks of one more site, where they lie as far on as they would have to.
+
+        Args:
+            at: Where they lie.
+
+        Returns:
+            Whether they were taken in.
+        """
         down, up, rows, file_down, file_up = self.last
         steps = at[0] - down, at[1] - up, at[2] - rows, at[3] - file_down, at[4] - file_up
         if steps != self.steps:
@@ -163,18 +170,40 @@ class Series:
         return True
 
     def strides(self, place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tell the strides of all parts of a contiguous shape, (number, *shape), that `first` has at a place."""
+        """Tell the strides of a view of one part of each site.
+
+        Args:
+            place: Of the part in `first`.
+            shape: Of the part of one site, which is contiguous.
+
+        Returns:
+            Those of (number, *shape).
+        """
         return (math.prod(shape) if self.steps is None else self.steps[place], *contiguous(shape))
 
     def in_slab(self, flats: Mapping[torch.dtype, Tensor]) -> tuple[Tensor, Tensor]:
-        """Look at the ranks in flat tensors by dtype: (number, rank, in, ...) and (number, rank, out)."""
+        """Look at the ranks in the slab.
+
+        Args:
+            flats: Its flat tensors by dtype.
+
+        Returns:
+            Views of ``down``, (number, rank, in, ...), and of ``up``, (number, rank, out).
+        """
         flat, (outputs, *inputs) = flats[self.region.dtype], self.region.shape
         begin, width, height = flat.storage_offset(), (self.rank, *inputs), (self.rank, outputs)
         down = flat.as_strided((self.number, *width), self.strides(0, width), begin + self.first[0])
         return down, flat.as_strided((self.number, *height), self.strides(1, height), begin + self.first[1])
 
     def in_rows(self, rows: Tensor) -> Tensor:
-        """Look at the rows of the strengths, (number, rank)."""
+        """Look at the rows of the strengths that the ranks have.
+
+        Args:
+            rows: Those of the whole slab.
+
+        Returns:
+            A view, (number, rank).
+        """
         return rows.as_strided((self.number, self.rank), self.strides(2, (self.rank,)), self.first[2])
 
 
