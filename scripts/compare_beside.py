@@ -524,7 +524,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--weaker", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.85], help="strengths of one trained alone"
     )
-    parser.add_argument("--stronger", type=float, nargs="+", default=[1.25, 1.5, 1.75], help="strengths of one trained beside")
+    parser.add_argument(
+        "--stronger", type=float, nargs="+", default=[1.25, 1.5, 1.75], help="strengths of one trained beside"
+    )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
     parser.add_argument("--batch", type=int, default=48, help="pictures at once")
     parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")
