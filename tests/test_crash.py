@@ -119,11 +119,12 @@ def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path: Path) -> N
     pictures = draw_pictures(tmp_path / "pictures")
     train(small(pictures, tmp_path), pipe=make_pipe())
     half = [tmp_path / "run" / ".config.toml.123", tmp_path / "run" / "checkpoints" / ".step_000006.safetensors.4567"]
-    own = tmp_path / "run" / ".notes"
-    for path in (*half, own):
+    half.append(tmp_path / ".a.safetensors.89")  # beside what it makes
+    own, others = tmp_path / "run" / ".notes", tmp_path / ".b.safetensors.89"
+    for path in (*half, own, others):
         path.write_bytes(b"half")
     train(small(pictures, tmp_path, steps=7, resume=True), pipe=make_pipe())
-    assert own.exists() and not any(path.exists() for path in half)
+    assert own.exists() and others.exists() and not any(path.exists() for path in half)
 
 
 class Disk:

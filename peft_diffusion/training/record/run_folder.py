@@ -430,8 +430,10 @@ class RunFolder:
         self.kept_adapters = config.keep_last
         self.started = time.monotonic()
         with explained(self.path):
-            for name, own in _OWN.items():
-                for left in _listed(self.path / name):
+            # The adapter file lies elsewhere; nobody else writes it now, as the run has claimed it.
+            of_output = config.output.parent, re.compile(re.escape(config.output.name))
+            for place, own in (*((self.path / name, own) for name, own in _OWN.items()), of_output):
+                for left in _listed(place):
                     whole = file_of(left.name)
                     if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
