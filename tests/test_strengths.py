@@ -233,6 +233,33 @@ def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(dr
     assert all(map(torch.equal, in_threads(lambda number: by_itself(pipe, words, noise, number)), alone))
 
 
+def test_what_threads_tell_at_once_is_neither_lost_nor_taken_for_that_of_another() -> None:
+    strengths = site.Strengths(["mid"], torch.device("cpu"))
+    for name in ("flat", "a0", "a1", "a2", "a3"):
+        strengths.add(name)
+    strengths.write({"flat": Schedule([0.0, 1.0])})
+
+    def draws(number: int) -> int:
+        """At how many steps the strengths are not those of this thread's step."""
+        found = 0
+        for turn in range(400):
+            progress = (number + turn) % 2 / 2
+            strengths.at_progress(progress)
+            found += (float(strengths.present[0, 0, 0]), "flat" in strengths.active) != (progress, progress > 0)
+        return found
+
+    def sets(number: int) -> int:
+        """How often what was set is lost."""
+        found = 0
+        for turn in range(400):
+            strengths.write({f"a{number // 2}": float(turn % 3)})
+            found += float(strengths.scalar(f"a{number // 2}").max()) != turn % 3
+        return found
+
+    assert sum(in_threads(draws)) == 0
+    assert sum(in_threads(lambda number: sets(number) if number % 2 else 0 * draws(number))) == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @torch.no_grad()
 def test_threads_with_streams_of_their_own_follow_a_schedule_too(drawn: tuple[Adapters, Draw]) -> None:

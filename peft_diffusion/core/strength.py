@@ -126,7 +126,7 @@ class _Steps(threading.local):
 
 
 _steps = _Steps()
-
+_writing = threading.RLock()  # steps write what all threads see as well, and a table is made of the one before
 
 _ROWS = 8  # of the first table; from there on it doubles
 
@@ -169,16 +169,17 @@ class Strengths(KeepsPrecision):
         """
         taken = set(self._places.values())
         row = next(number for number in range(len(taken) + 1) if number not in taken)
-        if row == len(self._told):
-            more = max(_ROWS, len(self._told))
-            self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
-        self._places[name] = row
-        self._told[row] = 1.0
-        self._publish()
-        self.names.append(name)
-        self.changes += 1
-        self._active |= {name}
-        self.full |= {name}
+        with _writing:
+            if row == len(self._told):
+                more = max(_ROWS, len(self._told))
+                self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
+            self._places[name] = row
+            self._told[row] = 1.0
+            self._publish()
+            self.names.append(name)
+            self.changes += 1
+            self._active |= {name}
+            self.full |= {name}
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
@@ -186,13 +187,14 @@ class Strengths(KeepsPrecision):
         Args:
             name: What it is called.
         """
-        self._told[self._places.pop(name)] = 0.0
-        self._publish()
-        self.names.remove(name)
-        self.changes += 1
-        self.schedules.pop(name, None)
-        self._active -= {name}
-        self.full -= {name}
+        with _writing:
+            self._told[self._places.pop(name)] = 0.0
+            self._publish()
+            self.names.remove(name)
+            self.changes += 1
+            self.schedules = {own: one for own, one in self.schedules.items() if own != name}
+            self._active -= {name}
+            self.full -= {name}
 
     def write(self, amounts: Mapping[str, OverSteps]) -> None:
         """Set the strengths of the adapters named; the others keep theirs.
@@ -205,11 +207,12 @@ class Strengths(KeepsPrecision):
             UserError: There is no such adapter or block, a value is not finite, two adapters name different numbers of
                 images, or the adapters are merged. Nothing is changed then.
         """
-        rows = self._planned(amounts)
         schedules = {name: amount for name, amount in amounts.items() if isinstance(amount, (Schedule, Timed))}
-        self.schedules = {name: one for name, one in self.schedules.items() if name not in amounts} | schedules
-        self.changes += 1
-        self._put(rows)
+        with _writing:
+            rows = self._planned(amounts)
+            self.schedules = {name: one for name, one in self.schedules.items() if name not in amounts} | schedules
+            self.changes += 1
+            self._put(rows)
 
     def check(self, amounts: Mapping[str, OverSteps]) -> None:
         """Raise as `write` does, and change nothing.
@@ -225,10 +228,10 @@ class Strengths(KeepsPrecision):
         Args:
             progress: How many of the steps are done, from 0 to 1.
         """
-        if self.schedules:
-            change = self.changes
-            rows = self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()})
-            _steps.present = _Step(weakref.ref(self), *self._put(rows), change)
+        with _writing:
+            if self.schedules:
+                rows = self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()})
+                _steps.present = _Step(weakref.ref(self), *self._put(rows), self.changes)
 
     @property
     def active(self) -> frozenset[str]:
@@ -299,7 +302,7 @@ class Strengths(KeepsPrecision):
         full = {name for name, row in rows.items() if (bool((row == 1).all()) if isinstance(row, Tensor) else row == 1)}
         self._active = self._active - rows.keys() | on
         self.full = self.full - rows.keys() | full
-        # Another thread may write into `values` meanwhile, so a step keeps what it was told itself.
+        # Another thread may write into `values` afterwards, so a step keeps what it was told itself.
         return table.to(self.values.device, copy=True) if self.schedules else self.values, self._active
 
     def _table(self, rows: "Mapping[str, float | Tensor]") -> Tensor:
