@@ -348,12 +348,12 @@ def state_of(component: nn.Module) -> ComponentState | None:
     if seen is None:
         return _state(component)
     if component not in seen.states:
-        slots = (held.get(SLOT) for _, module in walk(component) if (held := module._modules))
-        seen.states[component] = next((slot.state for slot in slots if isinstance(slot, Slot)), None)
+        seen.states[component] = _state(component)
     return seen.states[component]
 
 
 def _state(component: nn.Module) -> ComponentState | None:
+    """What the first slot tells that comes up. This makes no paths, as `walk` does: to set a strength takes little else."""
     waiting = [component]
     while waiting:  # in no order: all slots of a component have the same
         held = waiting.pop()._modules
