@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -112,6 +113,16 @@ class Started:
         found = self.process.pid
         assert found is not None
         return found
+
+    def first_line(self, timeout: float = 120) -> str:
+        """Wait for the first line of its stdout, and return it.
+
+        It is cut short where the process ends before it, or the seconds of ``timeout`` do.
+        """
+        until = time.monotonic() + timeout
+        while "\n" not in (said := self._said("stdout")) and alive(self.process) and time.monotonic() < until:
+            time.sleep(0.02)
+        return said.partition("\n")[0]
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """What it printed, and the code that it ended with; after so many seconds it is killed."""

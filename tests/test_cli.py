@@ -20,6 +20,7 @@ from rich.console import Console
 
 import peft_diffusion
 from peft_diffusion import bases, formats, generation, training
+from peft_diffusion.cli import lean
 from peft_diffusion.cli.app import main
 from peft_diffusion.cli.commands import COMMANDS
 from peft_diffusion.cli.parser import app
@@ -214,16 +215,34 @@ def test_a_file_of_settings_holds_for_one_command(
     app.parse_args(["inspect", str(files[0])], exit_on_error=False, print_error=False)  # raises if the file is still read
 
 
+# A command, and after it which of the packages that libraries would import besides are there.
+WITH_PACKAGES = """
+import sys
+from peft_diffusion.cli.app import run_process
+code = run_process(sys.argv[1:])
+from diffusers.utils import is_peft_available
+found = {'bitsandbytes', 'torchao', 'peft'} & set(sys.modules)
+sys.exit(code or repr((is_peft_available(), bool(found))))
+"""
+
+
+def drawn_anew(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new interpreter, all of it from its first import; its last line tells of packages."""
+    line = [sys.executable, "-c", WITH_PACKAGES, *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.slow
-def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_generate_writes_pictures_that_carry_their_recipe_and_needs_no_package_besides(
+    files: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
     settings = tmp_path / "run.toml"
     lines = [f"base = '{tiny_base}'", "steps = 9", "batch-size = 2", f"adapter = ['{files[0]}=0.5']", 'negative = "a dog"']
     settings.write_text("\n".join(lines))
     flags = ["--config", settings, "--steps", 2, "--seed", 5, "--sheet", "s.png"]
-    told = typed("generate", "a cat", "a house", *flags, cwd=tmp_path)  # all of it, from its first import
-    assert told.returncode == 0, told.stderr
+    told = drawn_anew("generate", "a cat", "a house", *flags, cwd=tmp_path)
+    assert told.stderr == "(False, False)\n"
     assert told.stdout.split() == ["pictures/a-cat-5.png", "pictures/a-house-5.png", "s.png"]
-    assert told.stderr == ""
     made = recipe.read(tmp_path / "pictures" / "a-house-5.png")
     assert (made.prompt, made.negative, made.steps, made.seed) == ("a house", "a dog", 2, 5)
     assert [(used.path, used.strength) for used in made.adapters] == [(str(files[0]), 0.5)]
@@ -295,14 +314,18 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [False, True])
-def test_a_picture_needs_no_package_that_libraries_would_import_besides(tmp_path: Path, quantize: bool) -> None:
-    """And what a base of fewer bits needs is there; libraries look for packages once, when they are imported."""
-    flags = ["--steps", "1", "--device", "cpu", "-o", "a.png", *(["--quantize", "int8"] if quantize else [])]
-    code = (
-        "import sys; from peft_diffusion.cli.app import run_process; code = run_process(['generate', 'a', *sys.argv[1:]]);"
-        "from diffusers.utils import is_peft_available; found = {'bitsandbytes', 'torchao', 'peft'} & set(sys.modules);"
-        "sys.exit(code or repr((is_peft_available(), bool(found))))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == f"({quantize}, {quantize})" and (tmp_path / "a.png").is_file()
+def test_what_a_base_of_fewer_bits_needs_is_there(tmp_path: Path) -> None:
+    """Libraries look for packages once, when they are imported."""
+    done = drawn_anew("generate", "a", "--steps", 1, "--device", "cpu", "-o", "a.png", "--quantize", "int8", cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == "(True, True)" and (tmp_path / "a.png").is_file()
+
+
+def test_a_base_is_plain_where_it_is_here_and_not_of_fewer_bits(tiny_base: Path, tmp_path: Path) -> None:
+    """Those that are not may need any of the packages."""
+    assert all(lean._is_plain(base) for base in ("icons", str(tiny_base), str(tiny_base / "model_index.json")))
+    config = tmp_path / "unet" / "config.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    assert lean._is_plain(str(tmp_path))
+    config.write_text('{"quantization_config": {}}')
+    assert not any(lean._is_plain(base) for base in (str(tmp_path), str(tmp_path / "unet"), "owner/name"))

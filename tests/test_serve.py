@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -81,16 +79,12 @@ def address(shelf: Path, tiny_base: Path, other_base: Path, tmp_path_factory: py
         "--embeddings-dir", shelf.parent / "words", "--device", "cpu", "--port", 0,
         "--token-file", token, "--max-request-mb", 1, "--max-pixels", 128 * 128, "--max-pictures", 40, "--output", saved,
     ]  # fmt: skip
-    started = subprocess.Popen(
-        [sys.executable, "-m", "peft_diffusion", "serve", *map(str, flags)],
-        env=environment(), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert started.stdout is not None
-    line = started.stdout.readline()
+    started = forked.Started(["-m", "peft_diffusion", "serve", *map(str, flags)], None, environment())
+    line = started.first_line()
     assert line.startswith("serving at http://127.0.0.1:"), line
     yield line.split()[2].rstrip(";")
-    started.send_signal(signal.SIGINT)
-    assert started.wait(60) == 130
+    os.kill(started.pid, signal.SIGINT)
+    assert started.wait(60).returncode == 130
 
 
 @pytest.fixture(scope="module")
