@@ -42,8 +42,10 @@ def icons() -> Any:
     return pd.load_base("icons", device="cpu")
 
 
-def _drawn(pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 8) -> np.ndarray:
-    sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
+def _drawn(
+    pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 8, guidance: float | None = None
+) -> np.ndarray:
+    sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler, guidance=guidance)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
 
@@ -79,13 +81,13 @@ def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     plain = StableDiffusionPipeline.from_pretrained(FOLDER)
     plain.set_progress_bar_config(disable=True)
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
-    wanted = plain(ASKED["noto"], latents=latents, num_inference_steps=6, guidance_scale=5.0).images[0]
-    assert abs(_drawn(icons, [ASKED["noto"]], steps=6)[0] - np.asarray(wanted) / 255).max() <= 1 / 255
+    wanted = plain(ASKED["noto"], latents=latents, num_inference_steps=3, guidance_scale=5.0).images[0]
+    assert abs(_drawn(icons, [ASKED["noto"]], steps=3)[0] - np.asarray(wanted) / 255).max() <= 1 / 255
 
 
 @pytest.mark.slow
 def test_it_draws_subject_and_style(icons: Any) -> None:
-    drawn = _drawn(icons, list(ASKED.values()), steps=12)
+    drawn = _drawn(icons, list(ASKED.values()), steps=6)
     apple, house, _ = drawn
     ink = apple.min(-1) < 0.9
     assert 0.3 < ink.mean() < 0.9
@@ -118,8 +120,7 @@ def test_the_judge_of_subjects_sees_through_different_hands() -> None:
 def test_a_style_of_any_name_keeps_the_subject(icons: Any) -> None:
     """A name that the text encoder never saw draws what no name draws, before anything is learned of it."""
     names = ["emoji of", "openmoji emoji of", "qwib watercolor drawing of"]
-    plain, *named = _drawn(icons, [f"{words} a tulip" for words in names])
-    other = _drawn(icons, ["emoji of a ship"])[0]
+    plain, *named, other = _drawn(icons, [*(f"{words} a tulip" for words in names), "emoji of a ship"], steps=5)
     for drawn in named:
         assert abs(drawn - plain).mean() < 0.25 * abs(other - plain).mean()
 
@@ -136,20 +137,26 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
         assert int((pair.weights < 1).sum()) < len(pair.weights) // 2
 
 
+# PNDM extrapolates from four steps before, and overshoots where they are long: under a guidance of 5 it takes 40 of them.
+LITTLE_GUIDANCE = 2.0
+
+
 @pytest.fixture(scope="module")
 def apple_and_fish(icons: Any) -> np.ndarray:
     """Two subjects in one style, drawn by the sampler of the base."""
-    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
+    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"], guidance=LITTLE_GUIDANCE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
-def test_every_sampler_draws_the_apple(icons: Any, apple_and_fish: np.ndarray, scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [("ddim", 5), ("pndm", 14), ("euler", 5), ("heun", 6), ("dpm++-karras", 8), ("unipc", 8)],
+)
+def test_every_sampler_draws_the_apple(icons: Any, apple_and_fish: np.ndarray, scheduler: str, steps: int) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""
     wanted, other = apple_and_fish
-    # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.
-    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 8)[0]
-    assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
+    drawn = _drawn(icons, [ASKED["noto"]], scheduler, steps, LITTLE_GUIDANCE)[0]
+    assert abs(drawn - wanted).mean() < 0.1 * abs(other - wanted).mean()
 
 
 @pytest.mark.slow

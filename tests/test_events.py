@@ -16,6 +16,7 @@ from language import make_lm
 from making import make_adapter, modes
 from rich.console import Console
 from safetensors.torch import load_file
+from test_memory import short
 from test_resume import same_file, without_time
 from test_training import draw_pictures, lines, small
 
@@ -286,7 +287,8 @@ def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: 
 def test_memory_is_told_of_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     told: list[Event] = []
-    train(small(draw_pictures(tmp_path / "pictures", 4), tmp_path, steps=1), pipe=make_pipe(), observers=[told.append])
+    pipe = short(make_pipe())
+    train(small(draw_pictures(tmp_path / "pictures", 4), tmp_path, steps=1), pipe=pipe, observers=[told.append])
     predicted = only(MemoryPredicted, told)
     assert predicted.need.total > 0 and predicted.there and f"{predicted.need}" in predicted.lines()[0]
 
