@@ -10,8 +10,8 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import BlendConfig, GenerateConfig, GridConfig, UserError, blend, generate, grid
+from peft_diffusion.data.picture_formats import Carried, own_text
 from peft_diffusion.generation import recipe as recipes
-from peft_diffusion.generation.picture_formats import Carried, own_text
 
 
 def as_a1111_reads(path: Path) -> str:
