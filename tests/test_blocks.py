@@ -91,7 +91,7 @@ def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Pa
     result = train(asked, pipe=make_pipe())
     loaded = formats.load(result.output, make_pipe(), strict=True).components
     ranks = {path: rank(adapter) for path, adapter in loaded["unet"].items() if adapter.low_rank()}
-    assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {"to_q": 1, "to_k": 1, "2": 5}
+    assert {path.rpartition(".")[2]: own for path, own in ranks.items()} == {"to_q": 1, "to_k": 1, "2": 5}
     assert {rank(adapter.get_submodule("inner")) for path, adapter in loaded["unet"].items() if path not in ranks} == {3}
     assert {rank(adapter) for adapter in loaded["text_encoder"].values()} == {2}
 

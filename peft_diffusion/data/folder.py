@@ -206,8 +206,8 @@ def scan(
 ) -> ImageFolder:
     """Read image folders with their subfolders; every image is decoded, to be sure of it.
 
-    Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`; in a folder that has neither from its
-    words where it is called as `10_mychar woman`, from the recipes that drawn images carry, or from file names.
+    Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`; in a folder that has neither from
+    its words where it is called as `10_mychar woman`, from the recipes that drawn images carry, or from file names.
     `NAME-mask.png` beside an image NAME is not an image but its mask; see `companions` for what else is not learned.
 
     Args:

@@ -269,7 +269,7 @@ def suggested(
         wanted += own[place]
     shares = _least(total, wanted)
     candidates = [torch.ones(len(names)), torch.full((len(names),), 1 / len(names))]
-    candidates += [(shares * times).clamp(0, 1) for times in (0.75, 1.0, 1.25)]
+    candidates += [(shares * factor).clamp(0, 1) for factor in (0.75, 1.0, 1.25)]
     mixes = [{n: times(amounts[n], share) for n, share in zip(names, one.tolist(), strict=True)} for one in candidates]
     lost = torch.zeros(len(candidates)).double()
     for name in names:

@@ -48,7 +48,7 @@ from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .recipe import check_folder, check_target, read
-from .region_settings import FEATHER, ISOLATION, Regions, check_compose, says_of_edges
+from .region_settings import FEATHER, Regions, check_compose, says_of_edges
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
@@ -569,10 +569,11 @@ class DrawingConfig(Sampling):
     region_feather: float = setting(
         FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
     )
-    region_isolation: float = setting(
-        ISOLATION,
+    region_isolation: float | None = setting(
+        None,
         "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
-        "lets less of one into another, and leaves more of a seam between them.",
+        "lets less of one into another, and leaves more of a seam between them; by default 0.3 where regions have adapters "
+        "of their own, and 0 where they have not.",
         PARAMETERS,
         WHOLE_SHARE,
     )
