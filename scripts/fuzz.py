@@ -52,6 +52,8 @@ from peft_diffusion.core.learned_strengths import KINDS as LEARNED
 from peft_diffusion.core.method import Method
 from peft_diffusion.data.caption_files import read_captions
 from peft_diffusion.data.captions import CaptionRules
+from peft_diffusion.data.images import check_picture
+from peft_diffusion.data.picture_formats import Carried, PictureFormat
 from peft_diffusion.data.prompt_lines import parse_line, read_prompts
 from peft_diffusion.data.wildcards import Wildcards
 from peft_diffusion.formats import composition
@@ -60,7 +62,6 @@ from peft_diffusion.generation import recipe
 from peft_diffusion.generation.asked import read_prompt
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import generate
-from peft_diffusion.generation.picture_formats import Carried, PictureFormat
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.tags import Shelf
 from peft_diffusion.library import Library
@@ -857,6 +858,14 @@ def recipes(world: World, case: Any) -> None:
     path.write_bytes(edited(file.getvalue(), case) if damaged else file.getvalue())
 
     world.case("recipe", lambda: _drawn_again(world, path, case))
+    world.case("recipe", lambda: _learned_from(path))
+
+
+def _learned_from(path: Path) -> None:
+    """A caption that training could have of it: a line that can be written."""
+    prompt = check_picture(path).told.prompt
+    prompt.encode()
+    assert "\n" not in prompt
 
 
 def _drawn_again(world: World, path: Path, case: Any) -> None:

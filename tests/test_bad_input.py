@@ -49,6 +49,7 @@ USAGES = {
     "train --train_data_dir=pictures": "Unknown option: --train_data_dir. Here it is FOLDER, without a flag.",
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
+    "blend a --calibrate": "Unknown option: --calibrate. That is the default here; leave it away, or take --plain for the",
     "generate a --hr_scale 2": "Unknown option: --hr_scale. Here it is --hires.",
     "generate a --subseed 2": "Unknown option: --subseed. Here it is --variation-seed.",
     "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
@@ -182,11 +183,18 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
         ),
         ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
+        ('"" = 1', "no setting ''"),
     ],
 )
 def test_habits_of_other_programs_in_a_file(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
     assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
+
+
+def test_what_a_command_does_unless_the_contrary_is_said_is_told_where_it_is_asked_for_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("calibrate = true")
+    told = complaint(FAILED, "blend", "a", "--config", "run.toml", folder=tmp_path)
+    assert "no setting 'calibrate' of this command; that is the default here: leave it away, or take plain = true" in told
 
 
 def test_a_strength_as_other_programs_write_it(ink: Path, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_what_is_kept_apart_is_measured_with_each_checkpoint(
     assert main(["inspect", str(result.output)]) == 0
     told = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert f"held-out loss {result.held_out_after:.4f}" in told
+    assert shlex.split(result.next_command)[2] in ("flat, ink, a cat", "flat, ink, a dog", "flat, ink, a house")
     typed = [*shlex.split(result.next_command)[1:], "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "a.png")]
     assert main(typed) == 0 and (tmp_path / "a.png").exists()
     with pytest.raises(UserError, match=r"--held-out was 0\.5, now 0"):

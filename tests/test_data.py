@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import borders, buckets, captions, latents
 from peft_diffusion.data.caption_files import name_captions
-from peft_diffusion.data.folder import ImageFolder, TrainingImage, open_picture, scan
+from peft_diffusion.data.folder import CaptionSource, ImageFolder, TrainingImage, open_picture, scan
+from peft_diffusion.data.picture_formats import Carried, format_of
 from peft_diffusion.data.problems import PictureError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -450,8 +451,83 @@ def test_missing_captions_stop_unless_told_otherwise(tmp_path: Path) -> None:
     assert texts(waived)["red_apple.png"] == ""
     assert kinds(waived).count("missing caption") == 2
     waived.check()
-    with pytest.raises(UserError, match="stop, name, empty, skip"):
+    with pytest.raises(UserError, match="stop, name, recipe, empty, skip"):
         scan(tmp_path, missing="guess")  # type: ignore[arg-type]
+
+
+def draw_from(path: Path, recipe: Any = None, a1111: str | None = None, seed: int = 0) -> None:
+    """A picture with texts as `generate` and A1111 write them; as a recipe, what stands in it, or the JSON itself."""
+    own = recipe if isinstance(recipe, str) else json.dumps({"version": 1, "recipe": recipe})
+    kind = format_of(path)
+    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8))
+    if recipe is None:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", a1111 or "")
+        picture.save(path, pnginfo=info)
+    else:
+        picture.save(path, **Carried(own, a1111).options(kind))
+
+
+STEPS = "\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 8x8"
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_pictures_that_were_drawn_have_their_prompts_as_captions(tmp_path: Path, kind: str) -> None:
+    long = "a red apple, on a wooden table beside a window, with (soft light:1.2) from the left, BREAK miku \\(vocaloid\\)"
+    read = "a red apple, on a wooden table beside a window, with soft light from the left, miku \\(vocaloid\\)"
+    draw_from(tmp_path / f"0_a red apple.{kind}", {"prompt": long}, long + STEPS)
+    draw_from(tmp_path / f"letters.{kind}", {"prompt": "a (fox:1.2)", "prompt_weights": "none"}, seed=1)
+    draw_from(tmp_path / f"a1111 alone.{kind}", {"prompt": ""}, f"a cat,\nasleep <lora:ink:0.8>{STEPS}", seed=2)
+    draw_from(tmp_path / f"a sheet.{kind}", json.dumps({"version": 1, "sheet": [[{"prompt": "a"}]]}), seed=3)
+    draw_from(tmp_path / f"no prompt.{kind}", {"prompt": ""}, STEPS.lstrip(), seed=4)
+    draw(tmp_path / f"drawn by hand.{kind}", seed=5)
+    folder = scan(tmp_path)
+    assert texts(folder) == {
+        f"0_a red apple.{kind}": read,
+        f"letters.{kind}": r"a \(fox:1.2\)",
+        f"a1111 alone.{kind}": "a cat, asleep",
+        f"a sheet.{kind}": "a sheet",
+        f"no prompt.{kind}": "no prompt",
+        f"drawn by hand.{kind}": "drawn by hand",
+    }
+    assert not folder.problems and folder.sources == {"recipe": 3, "name": 3}
+    assert "3 captions from the prompts that pictures carry, which they were drawn from" in folder.describe()
+    assert texts(scan(tmp_path, missing="name"))[f"letters.{kind}"] == "letters"
+    names = scan(tmp_path, captions=CaptionSource("names"))
+    assert names.sources == {"name": 6}
+
+
+def test_prompts_of_pictures_stand_behind_what_is_written_of_them(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        draw_from(tmp_path / name, a1111=f"prompt of {name}{STEPS}", seed=seed)
+    draw(tmp_path / "d.png", seed=3)
+    (tmp_path / "a.txt").write_text("written")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "listed"}))
+    assert texts(scan(tmp_path)) == {"a.png": "written", "b.png": "listed"}  # as without any recipe
+    assert texts(scan(tmp_path, missing="empty"))["c.png"] == ""
+    folder = scan(tmp_path, missing="recipe")
+    assert texts(folder) == {"a.png": "written", "b.png": "listed", "c.png": "prompt of c.png"}
+    with pytest.raises(UserError, match=r"d\.png: .*nor the prompt that it was drawn from.*captions name, empty or skip"):
+        folder.check()
+    kohya = tmp_path / "1_woman"
+    kohya.mkdir()
+    draw_from(kohya / "x.png", a1111=f"a portrait{STEPS}", seed=4)
+    assert texts(scan(kohya)) == {"x.png": "woman"} and texts(scan(kohya, missing="recipe")) == {"x.png": "a portrait"}
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["{", "[" * 100_000, "1", "{}", '{"recipe": 1}', '{"recipe": {"prompt": 1}}', '{"recipe": {"prompt": "\\ud800"}}',
+     '{"recipe": {"prompt": "a", "prompt_weights": [1]}}'],
+)  # fmt: skip
+def test_a_recipe_that_is_damaged_costs_no_picture_and_is_told(tmp_path: Path, own: str) -> None:
+    draw_from(tmp_path / "a fox.png", own)
+    draw_from(tmp_path / "b.png", own, f"a hen{STEPS}", seed=1)
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a fox.png": "a fox", "b.png": "a hen"} and kinds(folder) == ["damaged recipe"]
+    (tmp_path / "a fox.txt").write_text("written")
+    assert kinds(scan(tmp_path)) == ["missing caption"]  # of b alone
+    folder.check()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])

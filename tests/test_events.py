@@ -173,6 +173,27 @@ def test_the_pace_is_told_whenever_losses_are_read(watched: Watched, text_told: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (HeldOut(2, 10, True, 6), "2 pictures kept apart: the loss there shows when to stop (--held-out 0 trains on all)"),
+        (HeldOut(3, 30, True, 6), "3 pictures kept apart: the loss there shows when to stop (--held-out 0 trains on all)"),
+        (HeldOut(2, 20, True, 0), "2 pictures kept apart: the loss there shows when to stop"),  # as somebody said
+        (HeldOut(0, 30, False, 0), "no pictures are kept apart to measure on (--held-out 0.1 keeps a tenth, at least one)"),
+        (
+            HeldOut(0, 4, False, 6),
+            "no pictures are kept apart to measure on (fewer than 6 pictures; --held-out 0.1 keeps a tenth, at least one)",
+        ),
+        # No share is any of one.
+        (HeldOut(0, 1, False, 6), "no pictures are kept apart to measure on: there is but one picture"),
+        (HeldOut(0, 1, True, 0), "no pictures are kept apart to measure on: there is but one picture"),
+        (HeldOut(0, 2, True, 0), "no pictures are kept apart to measure on: each data set has but one picture"),
+    ],
+)
+def test_what_is_said_of_pictures_kept_apart_is_what_can_be_done(event: HeldOut, said: str) -> None:
+    assert event.lines() == (said,)
+
+
 def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     told = watched.told
     base = only(BaseLoaded, told)

@@ -88,13 +88,18 @@ def test_a_run_goes_on_from_a_file_of_another_layout_at_its_rank(
     other = tmp_path / "peft" / "adapter_model.safetensors"
     pd.convert(pd.ConvertConfig(file, other.parent, to="peft", base=str(tiny_base)))
     told: list[Event] = []
-    common: dict[str, Any] = {"base": str(tiny_base), "init_from": other, "unet_lr": 1e-12, "save_every": 1}
+    common: dict[str, Any] = {"base": str(tiny_base), "init_from": other, "unet_lr": 1e-12, "save_every": 1, "held_out": 0.4}
     done = train(small(pictures, tmp_path, rank=None, steps=1, scheduler="constant", **common), observers=[told.append])
     (begun,) = (event for event in told if isinstance(event, Begun))
     before, after = changes(file), changes(done.output)
     assert done.config.rank == 4 and begun.layers == len(before) and begun.error < 1e-6 and not begun.fresh + begun.untrained
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[path], after[path], atol=1e-7) for path in before)
+    assert done.outcome is not None and done.outcome.suggestion is not None
+    plain = train(small(pictures, tmp_path / "plain", steps=1, held_out=0.4, base=str(tiny_base))).held_out_before
+    losses = done.outcome.suggestion.losses  # at 0 as without the file
+    assert losses[0] == pytest.approx(plain, rel=1e-6) and losses[1] == pytest.approx(done.held_out_before, rel=1e-6)
+    assert abs(losses[1] / losses[0] - 1) > 1e-4
     digest = hashlib.sha256(other.read_bytes()).hexdigest()
     assert spec_of(done.output).training["init_from"] == {"file": other.name, "sha256": digest}
     other.unlink()  # what goes on needs the file no more

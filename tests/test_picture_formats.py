@@ -10,8 +10,9 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import BlendConfig, GenerateConfig, GridConfig, UserError, blend, generate, grid
+from peft_diffusion.data.images import check_picture
+from peft_diffusion.data.picture_formats import Carried, own_text
 from peft_diffusion.generation import recipe as recipes
-from peft_diffusion.generation.picture_formats import Carried, own_text
 
 
 def as_a1111_reads(path: Path) -> str:
@@ -36,6 +37,7 @@ def test_every_format_carries_the_recipe_and_the_text_of_a1111(
         assert image.format == pillow and image.size == (64, 64)
         assert np.abs(np.asarray(image.convert("L"), int) - np.asarray(made.image.convert("L"), int)).mean() < 8
     assert recipes.read(made.path) == made.recipe
+    assert check_picture(made.path).told.prompt == "a cat, 猫 🐈"  # its caption, where it is learned
     assert as_a1111_reads(made.path) == made.recipe.parameters() and "猫 🐈" in made.recipe.parameters()
     again = generate(GenerateConfig(recipe=made.path, output=tmp_path / "again", format="webp", quality=100, **common))
     assert again[0].image.tobytes() == made.image.tobytes() and again[0].path.suffix == ".webp"

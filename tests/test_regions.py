@@ -20,6 +20,7 @@ from test_fast_generation import CUDA
 from test_fast_generation import carry as fast_carry
 from test_formats import write_adapter
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_diffusion import BlendConfig, GenerateConfig, GridConfig, Region, Request, blend, generate, grid
 from peft_diffusion.bases import regional_attention
@@ -34,7 +35,7 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.asked import order
 from peft_diffusion.generation.automatic_regions import concepts_of
 from peft_diffusion.generation.recipe import write as write_recipe
-from peft_diffusion.generation.regions import Area, DrawnRegion, parse_area, picture_masks
+from peft_diffusion.generation.regions import Area, Division, DrawnRegion, parse_area, picture_masks
 from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.generation.telling import Telling
@@ -555,6 +556,62 @@ def test_masks_share_where_they_overlap_and_are_exact_outside_of_feathered_edges
     assert 0 < row[1, 13] < 1 and row[1, 11] == 1
 
 
+@torch.no_grad()
+def test_regions_are_normalized_each_by_itself_where_their_adapters_differ() -> None:
+    norm = nn.GroupNorm(2, 6)
+    for own in norm.parameters():
+        own.data.normal_()
+    network = nn.ModuleList([norm])
+    x = (
+        torch.randn(4, 6, 8, 10) * torch.tensor([0.1, 5.0]).repeat_interleave(5) + 3
+    )  # two pictures, each twice; halves differ
+    layout = Layout(halves(8, 10, pictures=2), (8, 10), [network], [[0, 1], [0, 0]])
+    with regional_attention.attending([network]):
+        assert torch.equal(norm(x), nn.GroupNorm.forward(norm, x))  # a thread that draws without regions
+        with regions.using(layout):
+            found = norm(x)
+    apart = torch.cat([F.group_norm(half, 2, norm.weight, norm.bias) for half in x.split(5, 3)], 3)
+    together = F.group_norm(x, 2, norm.weight, norm.bias)
+    torch.testing.assert_close(found[[0, 2]], apart[[0, 2]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[[1, 3]], together[[1, 3]], rtol=1e-4, atol=1e-5)
+    assert (apart - together).abs().max() > 0.5 and type(norm) is nn.GroupNorm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_an_adapter_of_a_norm_reads_what_is_normalized_by_region(method: str) -> None:
+    network = nn.Sequential(nn.GroupNorm(2, 6))
+    carry(network, "ink", METHODS[method](), "0", 3)
+    x = torch.randn(1, 6, 8, 10) * torch.tensor([0.1, 5.0]).repeat_interleave(5)
+    with regional_attention.attending([network]), regions.using(Layout(halves(8, 10), (8, 10), [network], [[0, 1]])):
+        strengths = site.strengths(network)
+        assert strengths is not None
+        strengths.write({"ink": [0.7, 0.7]})
+        found = network(x)
+    strengths.write({"ink": 0.7})
+    alone = torch.cat([network(half) for half in x.split(5, 3)], 3)
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_that_draw_with_regions_leave_norms_as_they_were() -> None:
+    network = nn.ModuleList([nn.GroupNorm(2, 6)])
+    with regional_attention.attending([network]):
+        with regional_attention.attending([network]):
+            pass
+        assert type(network[0]) is regions.RegionalNorm
+    assert type(network[0]) is nn.GroupNorm
+
+
+def test_subjects_are_kept_apart_by_default_and_what_only_prompts_say_is_not() -> None:
+    left, right = Area((0, 0, 0.5, 1)), Area((0.5, 0, 1, 1))
+    worded = Division.of([DrawnRegion(left, "a cat"), DrawnRegion(right, "a dog")], 0.1, None)
+    assert (worded.isolation, worded.groups(4)) == (0.0, [0, 0, 0, 0])
+    subjects = [DrawnRegion(left, "a cat", {"ink": 1.0}), DrawnRegion(right, "a dog", {"flat": 1.0}), DrawnRegion(left)]
+    divided = Division.of([*subjects, DrawnRegion(right, None, {"ink": 1.0})], 0.1, None)
+    assert (divided.isolation, divided.groups(6)) == (0.3, [0, 1, 2, 0, 1, 0])
+    assert Division.of(subjects, 0.1, 0.0).isolation == 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention", "conv", "bottleneck"])
 @pytest.mark.parametrize("device", ["taped", pytest.param("cuda", marks=CUDA)])
@@ -577,13 +634,14 @@ def test_recorded_steps_read_the_masks_where_they_lie(device: str, method: str, 
         "encoder_hidden_states": torch.randn(4, 2 * 7, 32, generator=chance).to(where),
         "return_dict": False,
     }
-    made: dict[bool, int] = {}
-    for isolated in (False, True):
+    made: dict[Any, int] = {}
+    apart = [[0, 1], [0, 0]]
+    for isolated, groups in ((False, None), (True, apart), (False, apart)):
         for number in range(3):  # other masks, and strengths, are read where the first were
             masks = torch.rand(2, 2, 64, 48, generator=chance).softmax(1).to(where)
             found = []
             for network in (plain, fast):
-                layout = Layout(masks, (8, 6), [network])
+                layout = Layout(masks, (8, 6), [network], groups)
                 layout.isolated = isolated
                 strengths = site.strengths(network)
                 assert strengths is not None
@@ -592,9 +650,9 @@ def test_recorded_steps_read_the_masks_where_they_lie(device: str, method: str, 
                     found.append(network(**call)[0])
             assert engine.refused is None
             assert (found[0] - found[1]).abs().max() < 1e-4 * found[0].abs().max()
-            made[isolated] = made.get(isolated) or engine.recordings
-            assert engine.recordings == made[isolated]
-    assert made[False] < made[True]
+            made[layout.signature] = made.get(layout.signature) or engine.recordings
+            assert engine.recordings == made[layout.signature]
+    assert len(set(made.values())) == len(made) == 3
     drawn = []
     for network in (plain, fast):  # and without regions as before
         one = site.strengths(network)

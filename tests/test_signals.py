@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,15 @@ from peft_diffusion.formats.container import read_header
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.training import Interrupted
+from peft_diffusion.training import run as runs
 from peft_diffusion.training.attachment import at_strength
+from peft_diffusion.training.record import run_record
 from peft_diffusion.training.record.measurements import Measurement, best_step, measurements, verdict
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.layer_changes import layer_changes
 from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.watch import strength as strengths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
@@ -212,14 +216,21 @@ def test_the_best_weights_are_written_or_the_last(tmp_path: Path, pictures: Path
         assert written.double().norm() == pytest.approx(kept.double().norm().item(), rel=1e-6)
 
 
-def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path: Path, pictures: Path) -> None:
+def test_the_suggested_strength_is_measured_said_and_proposed(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever the small network comes to.
+    monkeypatch.setattr(runs, "suggest", lambda *measured: replace(strengths.suggest(*measured), strength=0.7))
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
     config = small(pictures, tmp_path, held_out=0.4, unet_lr=1e-2)
     result = train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     told = spec(result.output)
     losses = known(known(result.outcome).suggestion).losses
     assert losses[0.0] == result.held_out_before and losses[1.0] == result.held_out_after
-    assert f"suggested strength: {told['suggested_strength']:g}" in console.export_text()
+    assert told["suggested_strength"] == 0.7 and result.next_command.endswith(f"--adapter {result.output}=0.7")
+    said = console.export_text()
+    assert "suggested strength: 0.7" in said and f"next: {result.next_command}" in said
+    assert f"{result.output.name}=0.7" in run_record.Record(result.run_dir).facts["commands"]["To use it"]
     assert told["loss_by_strength"] == {f"{strength:g}": loss for strength, loss in losses.items()}
 
 

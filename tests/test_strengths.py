@@ -27,6 +27,7 @@ from test_formats import picture, write_adapter
 from peft_diffusion.bases import components
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.strength import Strengths
 from peft_diffusion.generation import Adapters, Schedule
 
 Draw: TypeAlias = Callable[..., list[np.ndarray]]
@@ -234,7 +235,7 @@ def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(dr
 
 
 def test_what_threads_tell_at_once_is_neither_lost_nor_taken_for_that_of_another() -> None:
-    strengths = site.Strengths(["mid"], torch.device("cpu"))
+    strengths = Strengths(["mid"], torch.device("cpu"))
     for name in ("flat", "a0", "a1", "a2", "a3"):
         strengths.add(name)
     strengths.write({"flat": Schedule([0.0, 1.0])})

@@ -26,6 +26,7 @@ from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
+from peft_diffusion.training.attachment import NAME
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
@@ -182,6 +183,26 @@ def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
     return TextTrainConfig((text,), **settings)
 
 
+def test_what_a_soft_prompt_changes_elsewhere_is_measured_from_the_base_without_its_first_words() -> None:
+    line, embedding = tokens(make_lm(), [LINES]), make_lm().lm.get_input_embeddings()
+    for begun in (True, False):  # vectors of words of the base, and others
+        base = with_prompt(name=NAME)
+        if begun:
+            vectors(base, NAME).data.copy_(embedding(torch.tensor(base.encode("ox ox")[:VECTORS])))
+        task = LanguageTask(base, LanguageSettings(0, 2, 1, CONTEXT), line)
+        expected = []
+        for row in task.others:
+            with torch.no_grad():
+                plain = torch.cat([torch.tensor([EDGE]), row])[None]
+                was = make_lm().lm(input_ids=plain).logits[0].double().log_softmax(-1)
+                given = torch.cat([vectors(base, NAME), embedding(plain[0])])[None]
+                now = make_lm().lm(inputs_embeds=given).logits[0, VECTORS:].double().log_softmax(-1)
+            expected.append((was.exp() * (was - now)).sum(-1))
+        found = task.leakage()
+        assert found == pytest.approx(float(torch.cat(expected).mean()), rel=1e-4) and found > 1e-4
+        assert len(base.start()) == VECTORS + 1  # as before
+
+
 @pytest.mark.slow
 def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
@@ -202,6 +223,9 @@ def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     assert task.held_out() == pytest.approx(after, rel=1e-5)
     adapters.remove(name)
     assert base.start() == [EDGE]
+    # At strength 0 the words that it began as are not before the text: that is the loss of the base.
+    assert result.outcome is not None and result.outcome.suggestion is not None
+    assert task.held_out() == pytest.approx(result.outcome.suggestion.losses[0], rel=1e-6)
     with pytest.raises(UserError, match="--context 6 leaves no room for text: 9 tokens stand before every window"):
         train_text(small(text, tmp_path / "x", method="prompt", target="tokens", context=6), base=base)
     with pytest.raises(UserError, match="soft prompts of 46 tokens leave no room for a prompt: the base reads 46"):
@@ -244,7 +268,8 @@ def test_new_words_are_read_and_never_asked_for() -> None:
     line = tokens(base, ["a <kine> b"])
     assert len(line) == 6  # the word takes the space before it, and the text its end token
     with torch.no_grad():
-        losses, said = LanguageTask(base, LanguageSettings(0, 1, 1, 7), line)._losses(line[None])
+        task = LanguageTask(base, LanguageSettings(0, 1, 1, 7), line)
+        losses, said = task._losses(line[None], task.start)
         logits = base.lm(F.pad(line[None], (1, 0), value=EDGE)).logits[0]
     asked = [0, 3, 4, 5]
     assert said.nonzero().flatten().tolist() == asked and not losses[~said].any()

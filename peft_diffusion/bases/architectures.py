@@ -89,9 +89,9 @@ def write_tokenizer(folder: Path, pad: str = _END) -> None:
         folder: Where.
         pad: The token that fills up.
     """
-    merges = _merges()
-    _write_json(folder / "vocab.json", _vocabulary(merges))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in _words().items():
+        (folder / name).write_text(text, "utf-8")
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad}
     _write_json(folder / "special_tokens_map.json", special)
     told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
@@ -102,6 +102,14 @@ def write_tokenizer(folder: Path, pad: str = _END) -> None:
 def _merges() -> tuple[str, ...]:
     packed = (Path(__file__).parent / "clip" / "merges.txt.bz2").read_bytes()
     return tuple(bz2.decompress(packed).decode().splitlines())
+
+
+@cache
+def _words() -> dict[str, str]:
+    """The files of a tokenizer that are alike for all; kept, because each of two tokenizers of SDXL needs them."""
+    merges = _merges()
+    vocabulary = json.dumps(_vocabulary(merges), ensure_ascii=False)
+    return {"vocab.json": vocabulary, "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n"}
 
 
 def _vocabulary(merges: tuple[str, ...]) -> dict[str, int]:

@@ -356,7 +356,7 @@ def _plain(name: str, batch: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(batch[name.replace("emphasis", "ids")], dtype=torch.float32)
 
 
-def told(batch: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_prompts(batch: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a batch other prompts.
 
     Args:

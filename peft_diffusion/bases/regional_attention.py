@@ -5,6 +5,7 @@ Regional Prompter and ComfyUI's couples of prompts do.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,12 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import regions
 from ..core.errors import UserError
-from ..core.regions import Layout
+from ..core.regions import Layout, RegionalNorm
+from ..core.site import AdaptedSite, base_class, rebase
 
 _KNOWN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor)
 _PARTS = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
 MASKED = "attention has a mask of its own, which regions know nothing of; leave regions away"
 _lock = threading.Lock()
+_norms: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # by how many threads they are in use
 
 
 class Maps:
@@ -149,6 +152,19 @@ def unwrapped(processor: Any) -> Any:
     return processor.plain if isinstance(processor, RegionalAttention) else processor
 
 
+def usual_class(module: nn.Module) -> tuple[type[nn.Module], bool]:
+    """Tell the class that a module has where pictures have no regions.
+
+    Args:
+        module: Of a network.
+
+    Returns:
+        The class, without what adapters made of it, and whether it carries any.
+    """
+    own = base_class(module)
+    return nn.GroupNorm if own is RegionalNorm else own, isinstance(module, AdaptedSite)
+
+
 def is_usual(attention: Any) -> bool:
     """Tell whether an attention has no norms and factors of its own.
 
@@ -233,7 +249,7 @@ def _mixed(found: Mapping[int, Tensor], shares: Tensor) -> Tensor:
 def attending(
     networks: Sequence[nn.Module], changing: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Iterator[None]:
-    """Have the attention of networks know regions inside.
+    """Have the attention and the group norms of networks know regions inside.
 
     Args:
         networks: The network that denoises, and those beside it.
@@ -245,7 +261,9 @@ def attending(
     Raises:
         UserError: They attend in a way that knows no regions.
     """
-    attentions: list[Any] = [one for network in networks for one in network.modules() if isinstance(one, Attention)]
+    modules = [one for network in networks for one in network.modules()]
+    attentions: list[Any] = [one for one in modules if isinstance(one, Attention)]
+    norms = [one for one in modules if usual_class(one)[0] is nn.GroupNorm]
     with _lock, changing():
         for attention in attentions:
             _refuse_unusual(attention)
@@ -253,6 +271,10 @@ def attending(
             if not isinstance(attention.processor, RegionalAttention):
                 attention.processor = RegionalAttention(attention.processor)
             attention.processor.users += 1
+        for norm in norms:
+            _norms[norm] = users = _norms.get(norm, 0) + 1
+            if users == 1:
+                rebase(norm, RegionalNorm)
     try:
         yield
     finally:
@@ -261,6 +283,11 @@ def attending(
                 attention.processor.users -= 1
                 if not attention.processor.users:
                     attention.processor = attention.processor.plain
+            for norm in norms:
+                _norms[norm] -= 1
+                if not _norms[norm]:
+                    rebase(norm, nn.GroupNorm)
+                    del _norms[norm]
 
 
 def _refuse_unusual(attention: Any) -> None:

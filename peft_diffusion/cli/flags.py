@@ -106,4 +106,9 @@ def explained(error: CycloptsError) -> str:
         ]
         if here:
             return f"Unknown option: {option}. Here it is {' or '.join(here)}."
+        asked = option.lstrip("-").replace("-", "_")
+        for one in names.values():
+            if one.setting.flag.contrary_of == asked:
+                contrary = f"leave it away, or take {one.flag} for the contrary"
+                return f"Unknown option: {option}. That is the default here; {contrary}."
     return str(error)

@@ -13,6 +13,7 @@ from .errors import UserError
 
 Grid: TypeAlias = tuple[int, int]
 """Height and width of a map of features."""
+_LEAST = 1e-6  # of a position that a group covers: what covers none has no mean
 _NOTHING = -1e4
 """What is added to a score of attention for no weight: `exp` of it is 0, and it is finite in half precision."""
 
@@ -26,15 +27,24 @@ class Layout:
         masks: (pictures, regions, height, width) in pixels, from 0 to 1; at each pixel those of a picture sum to 1.
         latents: Height and width of the latents.
         networks: The networks that compute the pictures.
+        groups: For each picture the group of each region, counted from 0; regions of one group are normalized together. By
+            default all of a picture are.
 
     Attributes:
         count: Regions of a picture.
         pictures: Pictures of the batch.
         isolated: Whether each region attends to itself alone.
+        apart_norms: How many groups of regions are normalized each by itself; 1 where all are together, as without regions.
         shown: The numbers of those regions that any picture has.
     """
 
-    def __init__(self, masks: Tensor, latents: Grid, networks: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        masks: Tensor,
+        latents: Grid,
+        networks: Sequence[nn.Module] = (),
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.masks = masks.float()
         self.networks = tuple(networks)
         self.pictures, self.count = masks.shape[:2]
@@ -42,6 +52,8 @@ class Layout:
         there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
         self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
         self._reads_text = False
+        self._groups = groups
+        self.apart_norms = 1 + max((max(own) for own in groups or ()), default=0)
         self._maps: dict[Grid, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
@@ -53,14 +65,23 @@ class Layout:
         for count, shares in self._tokens.items():
             self._scores[count] = shares.log().clamp(min=_NOTHING).transpose(1, 2).contiguous()
         self.areas = self.masks.mean((2, 3))
+        self._normed = {size: self._grouped(own) for size, own in self._maps.items()} if self.apart_norms > 1 else {}
+
+    def _grouped(self, masks: Tensor) -> Tensor:
+        """What groups cover of a map, (pictures, groups, height, width), of what regions do."""
+        found = masks.new_zeros(len(masks), self.apart_norms, *masks.shape[2:])
+        for number, groups in enumerate(self._groups or ()):
+            found[number].index_add_(0, torch.tensor(groups, device=masks.device), masks[number])
+        return found
 
     @property
     def signature(self) -> tuple[object, ...]:
         """What a recording depends on, apart from the numbers of the masks."""
-        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown)
+        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown, self.apart_norms)
 
     def _tensors(self) -> list[Tensor]:
-        return [self.masks, self.areas, *self._maps.values(), *self._tokens.values(), *self._scores.values()]
+        maps = (self._maps, self._tokens, self._scores, self._normed)
+        return [self.masks, self.areas, *(one for own in maps for one in own.values())]
 
     def apart(self) -> "Layout":
         """Make a layout of the same masks, which lie elsewhere.
@@ -68,7 +89,7 @@ class Layout:
         Returns:
             The other.
         """
-        made = Layout(self.masks.clone(), next(iter(self._maps)))
+        made = Layout(self.masks.clone(), next(iter(self._maps)), groups=self._groups)
         made.isolated = self.isolated
         return made
 
@@ -181,6 +202,36 @@ class Layout:
             found = torch.einsum("pr,prk->pk", self.areas, each)
         return found.repeat(self.repeats(len(y)), *[1] * (found.ndim - 1)).to(y.dtype)
 
+    def normalized(self, x: Tensor, groups: int, eps: float) -> Tensor:
+        """Normalize a map, each group of regions by the mean and variance of its own positions, mixed by their masks.
+
+        Adapters of subjects change the statistics of a picture: where one half is flat and dark, the other would be
+        normalized as if it were too, and come apart.
+
+        Args:
+            x: (batch, channels, height, width).
+            groups: Of channels, which share their mean and variance.
+            eps: Added to variances.
+
+        Returns:
+            Of the shape and dtype of ``x``.
+
+        Raises:
+            UserError: As `repeats`.
+        """
+        size = x.shape[2], x.shape[3]
+        masks = self._normed[size] if size in self._normed else self._grouped(self.on_map(*size))
+        masks = masks.repeat(self.repeats(len(x)), 1, 1, 1)
+        each = x.float().unflatten(1, (groups, -1))  # (batch, groups, channels of one, height, width)
+        total = torch.zeros_like(each)
+        for number in range(self.apart_norms):
+            own = masks[:, number, None, None]
+            count = own.sum((2, 3, 4), keepdim=True).clamp(min=_LEAST) * each.shape[2]
+            far = each - (each * own).sum((2, 3, 4), keepdim=True) / count
+            variance = (far.square() * own).sum((2, 3, 4), keepdim=True) / count
+            total += far * (variance + eps).rsqrt() * own
+        return total.flatten(1, 2).to(x.dtype)
+
     def by_region(self, told: Tensor) -> Tensor:
         """Part what attention is told into rows, one for each region.
 
@@ -204,6 +255,33 @@ class Layout:
             yield
         finally:
             self._reads_text = False
+
+
+class RegionalNorm(nn.GroupNorm):
+    """A group norm that normalizes regions each by itself, in a thread that draws pictures in which they are apart."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, channels, ...), normalized, multiplied by the weight, with the bias added."""
+        found = self.apart(input)
+        return super().forward(input) if found is None else found
+
+    def apart(self, x: Tensor, *, plain: bool = False) -> Tensor | None:
+        """Normalize regions each by itself.
+
+        Args:
+            x: (batch, channels, height, width).
+            plain: Whether weight and bias are left out.
+
+        Returns:
+            Of the same shape; None where there are no regions that are normalized apart.
+        """
+        layout = None if torch.compiler.is_compiling() else _present.layout
+        if layout is None or layout.apart_norms == 1 or x.ndim != 4:
+            return None
+        found = layout.normalized(x, self.num_groups, self.eps)
+        if plain or not self.affine:
+            return found
+        return found * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class _Present(threading.local):

@@ -148,12 +148,14 @@ class Flag:
         negative: There is a flag that says the contrary: ``--no-NAME``, and ``--empty-NAME`` for several values.
         greedy: It takes all values that follow; else it is given again for each.
         default_shown: The help tells the default.
+        contrary_of: The setting by which another command asks for what is done here unless this one is given; "" for none.
     """
 
     aliases: tuple[str, ...] = ()
     negative: bool = False
     greedy: bool = False
     default_shown: bool = True
+    contrary_of: str = ""
 
 
 @dataclass(frozen=True)

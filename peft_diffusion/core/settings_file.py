@@ -140,6 +140,9 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     here = known_here_as(key, known)
     if here:
         return f"; here it is {' or '.join(here)}"
+    for name, one in known.items():
+        if key and one.setting.flag.contrary_of == _key(key):
+            return f"; that is the default here: leave it away, or take {name} = true for the contrary"
     return did_you_mean(_key(key), known) or f"; there are: {', '.join(sorted(known))}"
 
 

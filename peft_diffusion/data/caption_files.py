@@ -14,7 +14,7 @@ from ..core.encodings import unicode_text, western_text
 from ..core.parsing import json_value
 from .problems import Problem
 
-Source = Literal["sidecar", "metadata", "dataset", "name", "folder", "none"]
+Source = Literal["sidecar", "metadata", "dataset", "recipe", "name", "folder", "none"]
 SIDECARS: tuple[str, ...] = (".txt", ".caption")
 METADATA: tuple[str, ...] = ("metadata.jsonl", "metadata.csv")
 COLUMNS: tuple[str, ...] = ("text", "caption", "prompt")

@@ -5,7 +5,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,16 @@ from ..core.wording import first_of, number_of
 from . import picture_names
 from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
+from .drawn_from import NOTHING, Told
 from .folder_names import repeats_and_words
 from .images import MAX_PIXELS, SUFFIXES, Checked, Checks, open_mask, open_picture
 from .problems import PictureError, Problem
 
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
-Missing = Literal["stop", "name", "empty", "skip"]
-"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
+Missing = Literal["stop", "name", "recipe", "empty", "skip"]
+"""What becomes of pictures without a caption: stop, use the file name or the prompt that the picture was drawn from, use no
+words, or leave them out."""
 MISSING_CAPTION = "missing caption"
 """The kind of problem that a picture without a caption is."""
 
@@ -34,7 +36,8 @@ class CaptionSource:
     """Where the captions of a folder come from.
 
     Attributes:
-        source: Text files, or else names (auto); files alone; names of pictures alone; or ``caption`` for all (caption).
+        source: Text files, or else prompts that pictures carry and names (auto); files alone; names of pictures alone; or
+            ``caption`` for all (caption).
         caption: That of pictures that have none; each line is an alternative.
         extensions: What the names of caption files end in, in small letters.
     """
@@ -47,6 +50,7 @@ class CaptionSource:
 _SOURCE_WORDS: dict[Source, str] = {
     "sidecar": "text files beside the pictures",
     "metadata": "metadata files",
+    "recipe": "the prompts that pictures carry, which they were drawn from",
     "name": "file names",
     "folder": "names of folders, as kohya's 10_WORDS",
     "dataset": "what is said of the folder",
@@ -202,8 +206,8 @@ def scan(
 ) -> ImageFolder:
     """Read image folders with their subfolders; every image is decoded, to be sure of it.
 
-    Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`, and from the file names of a folder
-    that has neither; in a folder such as `10_mychar woman` without them, its words are the caption, as in kohya's scripts.
+    Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`; in a folder that has neither from
+    its words where it is called as `10_mychar woman`, from the recipes that drawn images carry, or from file names.
     `NAME-mask.png` beside an image NAME is not an image but its mask; see `companions` for what else is not learned.
 
     Args:
@@ -349,6 +353,7 @@ def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> 
     for _ in (*companions.aside, *filter(_is_picture, unreadable)):
         tick()
     pictures: list[TrainingImage] = []
+    drawn: dict[str, Told] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         checks = pool.map(lambda name: _check(root / name, limits), image_names)
         for name, checked in zip(image_names, checks, strict=True):
@@ -357,7 +362,8 @@ def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> 
                 problems.append(checked)
             else:
                 pictures.append(TrainingImage(root / name, name, "", "none", checked.width, checked.height, checked.digest))
-    captioned, missing = _caption(pictures, captions, limits.missing, limits.captions)
+                drawn[name] = checked.told
+    captioned, missing = _caption(pictures, captions, drawn, limits)
     files = {name: root / file for name, file in captions.files.items()}
     captioned = [replace(one, caption_file=files.get(plain_name(one.name))) for one in captioned]
     problems += missing
@@ -422,12 +428,14 @@ def _strange_file(path: Path) -> Problem:
 
 
 def _caption(
-    pictures: list[TrainingImage], captions: Captions, missing: Missing, wanted: CaptionSource
+    pictures: list[TrainingImage], captions: Captions, drawn: Mapping[str, Told], limits: _Limits
 ) -> tuple[list[TrainingImage], list[Problem]]:
-    """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback.
+    """Pictures with their captions. Prompts that pictures carry and file names count only where the folder has no caption
+    files, or as the fallback.
 
     Pictures whose caption cannot be read are left to that problem, which stops.
     """
+    missing, wanted = limits.missing, limits.captions
     if wanted.source == "caption":
         source: Source = "dataset" if wanted.caption else "none"
         return [replace(picture, caption=wanted.caption, source=source) for picture in pictures], []
@@ -439,15 +447,19 @@ def _caption(
     for picture in pictures:
         folder = next((words for place, words in _kohya_folders(picture) if place not in captioned), "")
         name = names[_stem(picture)] if missing == "name" or not captions.any_files else ""
-        ways: list[tuple[str, Source]] = [(folder, "folder"), (name, "name")]
-        # Names of files are asked for in words with "name", those of folders by their form alone.
-        ways = [captions.of(picture.name), *(reversed(ways) if missing == "name" else ways)]
+        told = drawn[picture.name] if missing == "recipe" or not captions.any_files else NOTHING
+        ways: list[tuple[str, Source]] = [(folder, "folder"), (told.prompt, "recipe"), (name, "name")]
+        # What --missing-captions says is asked for in words, names of folders by their form alone.
+        ways = [captions.of(picture.name), *sorted(ways, key=lambda way: way[1] != missing)]
         if wanted.source != "auto":
             ways = ways[:1] if wanted.source == "files" else [(names[_stem(picture)], "name")]
         ways.insert(1, (wanted.caption, "dataset"))  # what a person says of a folder is nearer than names
         caption, source = next((way for way in ways if way[0]), _NO_CAPTION)
         if not caption:
             problems.append(_missing(picture, captions, missing))
+        if told.wrong and source in ("name", "none") and wanted.source == "auto" and missing != "name":
+            fix = f"Write its caption into {picture.path.with_suffix('.txt').name} beside it"
+            problems.append(Problem(str(picture.path), "damaged recipe", told.wrong, fix))
         if caption or missing in ("name", "empty"):
             found.append(replace(picture, caption=caption, source=source))
     return found, problems
@@ -467,10 +479,12 @@ def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Pr
     blank = plain_name(picture.name) in captions.sidecars  # it is there, and says nothing
     why = "other pictures have captions, this one has none" if captions.any_files else "the file name says nothing"
     why = "its caption file is empty" if blank else why
-    then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
+    why += ", nor the prompt that it was drawn from" if missing == "recipe" else ""
+    then = {"name": ": used without words", "empty": ": used without words", "skip": ": left out"}.get(missing, "")
     fix = f"Write {'it' if blank else 'one'} into {picture.path.with_suffix('.txt').name} beside it"
-    waive = ", or take --missing-captions name, empty or skip" if missing == "stop" else ""
-    return Problem(str(picture.path), MISSING_CAPTION, why + then, fix + waive, stops=missing == "stop")
+    others = {"stop": "name, recipe, empty or skip", "recipe": "name, empty or skip"}.get(missing)
+    waive = f", or take --missing-captions {others}" if others else ""
+    return Problem(str(picture.path), MISSING_CAPTION, why + then, fix + waive, stops=others is not None)
 
 
 def _drop_duplicates(pictures: Iterable[TrainingImage]) -> tuple[tuple[TrainingImage, ...], list[Problem]]:

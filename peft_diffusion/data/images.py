@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
 from peft_diffusion.core.errors import UserError
 
 from . import picture_names
+from .drawn_from import NOTHING, Told, drawn_from
 from .problems import PictureError, Problem
 
 # Pillow reads AVIF where it was built with libavif, as its wheels are from 11.3 on.
@@ -42,11 +43,13 @@ class Checked:
         width: Pixels, after EXIF rotation.
         height: Pixels, after EXIF rotation.
         digest: SHA-256 of the file's bytes, in hex.
+        told: What it tells of the prompt that it was drawn from.
     """
 
     width: int
     height: int
     digest: str
+    told: Told = NOTHING
 
 
 def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
@@ -57,7 +60,7 @@ def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
         max_pixels: Larger images are refused from the header, before they are decoded.
 
     Returns:
-        Its size and digest.
+        Its size and digest, and what it tells of its prompt.
 
     Raises:
         PictureError: The file is not a whole, sane image.
@@ -69,7 +72,7 @@ def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
             if _orientation(image) >= 5:
                 width, height = height, width
             file.seek(0)
-            return Checked(width, height, hashlib.file_digest(file, "sha256").hexdigest())
+            return Checked(width, height, hashlib.file_digest(file, "sha256").hexdigest(), drawn_from(image))
     except OSError as error:
         raise PictureError(_unreadable(path, error)) from error
 

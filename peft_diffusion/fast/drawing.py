@@ -21,7 +21,7 @@ from torch.utils import _pytree as trees
 
 from .. import bases
 from ..bases import pipelines
-from ..bases.regional_attention import unwrapped, watched
+from ..bases.regional_attention import unwrapped, usual_class, watched
 from ..core import regions
 from ..core import site as sites
 from ..core.regions import Layout
@@ -569,13 +569,13 @@ class _Reads:
     def __init__(self, network: nn.Module) -> None:
         self.strengths: Strengths | None = None
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self._modules: list[tuple[nn.Module, type, Any]] = []
+        self._modules: list[tuple[nn.Module, Hashable, Any]] = []
         self._hooks: list[Mapping[int, Any]] = []
         self._slots: list[tuple[nn.Module, Slot, Hashable]] = []
         self._slab: Slab | None = None
         self.apart = apart = False
         for _, module in walk(network):
-            self._modules.append((module, type(module), _processor(module)))
+            self._modules.append((module, usual_class(module), _processor(module)))
             if module is not network:
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             self._take(module)
@@ -627,7 +627,7 @@ class _Reads:
         """Whether all is where it was."""
         return (
             all(held.get(name) is tensor and tensor.data_ptr() == place for held, name, tensor, place in self._tensors)
-            and all(type(one) is cls and _processor(one) is known for one, cls, known in self._modules)
+            and all(usual_class(one) == cls and _processor(one) is known for one, cls, known in self._modules)
             and all(slot_of(module) is slot and _state(slot) == state for module, slot, state in self._slots)
             and _held(self._slab) == self._held
             and self._flags == self._told()

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..bases.regional_attention import MASKED, RegionalAttention, across, is_usual, unwrapped, within
 from ..core import regions
 from ..core.errors import UserError
-from ..core.regions import Layout
+from ..core.regions import Layout, RegionalNorm
 from ..core.site import base_class, is_plain_linear, rebase
 from . import frozen_ops
 from .low_rank import fused_projections, fusing, joined
@@ -207,7 +207,7 @@ class FrozenConv(nn.Conv2d):
         return frozen_ops.conv2d(input, self)
 
 
-class FusedNorm(nn.GroupNorm):
+class FusedNorm(RegionalNorm):
     """A group norm that is one with a SiLU after it, if there is one."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -227,7 +227,27 @@ class FusedNorm(nn.GroupNorm):
         if x.ndim != 4 or not _frozen(self) or torch.compiler.is_compiling():
             y = super().forward(x)
             return F.silu(y) if silu else y
-        return frozen_ops.group_norm(x, self, silu=silu)[0]
+        return self.frozen(x, silu=silu)[0]
+
+    def frozen(self, x: Tensor, shift: Tensor | None = None, *, silu: bool) -> tuple[Tensor, Tensor]:
+        """Compute the norm where its weight has no gradient; see `frozen_ops.group_norm`.
+
+        Args:
+            x: (images, channels, height, width).
+            shift: Added to ``x`` first, (images, channels).
+            silu: Whether SiLU follows.
+
+        Returns:
+            What is computed, and ``x``.
+        """
+        layout = regions.present()
+        if layout is None or layout.apart_norms == 1:  # first, as the shift is added by the kernel
+            return frozen_ops.group_norm(x, self, shift, silu)
+        y = self.apart(x if shift is None else x + shift[:, :, None, None])
+        if y is None:
+            return frozen_ops.group_norm(x, self, shift, silu)
+        y = y.contiguous(memory_format=torch.channels_last)
+        return F.silu(y) if silu else y, x
 
 
 class FusedGeglu(GEGLU):  # type: ignore[misc]
@@ -246,11 +266,11 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
         if not (_is_plain_frozen(self.norm1, FusedNorm) and _is_plain_frozen(self.norm2, FusedNorm)):
             result: Tensor = super().forward(input_tensor, temb)
             return result
-        hidden, passed = frozen_ops.group_norm(input_tensor, self.norm1, silu=True)
+        hidden, passed = self.norm1.frozen(input_tensor, silu=True)
         plain = _is_plain_frozen(self.conv1, FrozenConv)
         hidden = frozen_ops.conv2d(hidden, self.conv1, biased=False) if plain else self.conv1(hidden)
         shift = self._shift(temb, len(hidden))
-        hidden, _ = frozen_ops.group_norm(hidden, self.norm2, shift, silu=True)
+        hidden, _ = self.norm2.frozen(hidden, shift, silu=True)
         if self.conv_shortcut is not None:
             passed = self.conv_shortcut(passed)
         if _is_plain_frozen(self.conv2, FrozenConv):
@@ -451,6 +471,7 @@ def projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FrozenConv,
     nn.GroupNorm: FusedNorm,
+    RegionalNorm: FusedNorm,
     GEGLU: FusedGeglu,
     ResnetBlock2D: FusedResnet,
     BasicTransformerBlock: FusedBlock,

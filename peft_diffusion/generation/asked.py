@@ -210,7 +210,7 @@ class Order:
             own = {names[number]: amount for number, amount in said.amounts().items() if number < len(names)}
             parts.append(DrawnRegion(parse_area(said.area), said.prompt, own))
         how = one.config
-        division = Division(tuple(parts), how.region_feather, how.region_isolation) if parts else None
+        division = Division.of(parts, how.region_feather, how.region_isolation) if parts else None
         return Cell(one.prompt, one.seed, scaled(self.strengths(one, names, base)), one.negative, division)
 
 

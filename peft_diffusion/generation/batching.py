@@ -16,7 +16,7 @@ from ..core.strength_schedule import ByPart, Schedule
 from ..data.prompts import in_words
 from . import amounts
 from .asked import manner
-from .region_settings import FEATHER, ISOLATION, Region, says_of_edges
+from .region_settings import FEATHER, Region, says_of_edges
 from .regions import Area, Division, DrawnRegion, columns
 from .sampler import Cell, paint, set_strengths
 from .settings import Sampling
@@ -42,7 +42,8 @@ class Request:
         regions: Parts of the picture with prompts and adapters of their own, which name these as ``adapters`` does:
             ``pd.Region(box=(0, 0, 0.5, 1), prompt="a cat", adapter="ink=0.8")``.
         region_feather: How wide their edges are, as a share of the shorter side.
-        region_isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other.
+        region_isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other; None
+            for 0.3 where regions have adapters of their own, and 0 where they have not.
 
     Raises:
         UserError: It says something of the edges of regions and has none.
@@ -55,7 +56,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     regions: Sequence[Region] = ()
     region_feather: float = FEATHER
-    region_isolation: float = ISOLATION
+    region_isolation: float | None = None
 
     def __post_init__(self) -> None:
         if not self.regions and says_of_edges(self.region_feather, self.region_isolation):
@@ -66,7 +67,7 @@ class Request:
         strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
         negative = self.sampling.negative if self.negative is None else self.negative
         parts = tuple(DrawnRegion(Area.of(one), one.prompt, _all_named(one.adapter)) for one in self.regions)
-        division = Division(parts, self.region_feather, self.region_isolation) if parts else None
+        division = Division.of(parts, self.region_feather, self.region_isolation) if parts else None
         return Cell(self.prompt, self.seed, strengths, negative, division)
 
 

@@ -26,6 +26,7 @@ from ..core.errors import UserError
 from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, Warned, observed
 from ..core.settings import of_kind, pick, settings_of
 from ..core.strength_schedule import ByPart
+from ..data.picture_formats import ending
 from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import amounts, sheet
@@ -43,7 +44,6 @@ from .joining import Queue, Ticket
 from .kept import Kept
 from .learned import tell_base
 from .memory import device_of, loaded, spared
-from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
 from .retrieval import retrieval
 from .sampler import Cell, gives_way, paint, scheduler_of, size

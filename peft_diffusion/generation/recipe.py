@@ -14,10 +14,10 @@ from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
 from ..core.strength_schedule import ByPart
+from ..data.picture_formats import READ, Carried, format_of, own_text
 from ..data.prompts import words_of
 from ..formats.container import title
 from . import amounts, hires
-from .picture_formats import READ, Carried, format_of, own_text
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 else:
     Floats = tuple[float, ...]
 
-FEATHER, ISOLATION = 0.05, 0.0
-"""How wide the edges of regions are, and how long regions do not attend to each other, where nothing is said."""
+FEATHER = 0.05
+"""How wide the edges of regions are, where nothing is said."""
+ISOLATED_SUBJECTS = 0.3
+"""How long regions with adapters of their own do not attend to each other, where nothing is said."""
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 
 
@@ -89,17 +91,17 @@ class Region:
                 raise UserError(f"there is no picture {path} of a region")
 
 
-def says_of_edges(feather: float, isolation: float) -> bool:
+def says_of_edges(feather: float, isolation: float | None) -> bool:
     """Tell whether anything is said of the edges of regions, which has no effect where there are none.
 
     Args:
         feather: How wide they are.
-        isolation: How long regions do not attend to each other.
+        isolation: How long regions do not attend to each other; None where nothing is said.
 
     Returns:
         Whether either is another than where nothing is said.
     """
-    return (feather, isolation) != (FEATHER, ISOLATION)
+    return feather != FEATHER or isolation is not None
 
 
 def check_compose(compose: str) -> None:

@@ -22,7 +22,7 @@ from ..core.errors import UserError
 from ..core.parsing import refusing
 from ..core.strength_schedule import ByPart
 from ..fast import drawing
-from .region_settings import FEATHER, ISOLATION, Region
+from .region_settings import FEATHER, ISOLATED_SUBJECTS, Region
 from .source import opened
 
 if TYPE_CHECKING:
@@ -190,7 +190,37 @@ class Division:
 
     parts: tuple[DrawnRegion, ...]
     feather: float = FEATHER
-    isolation: float = ISOLATION
+    isolation: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[DrawnRegion], feather: float, isolation: float | None) -> "Division":
+        """Divide a picture.
+
+        Args:
+            parts: The regions.
+            feather: As `feather`.
+            isolation: As `isolation`; None for what suits the regions.
+
+        Returns:
+            How it is divided.
+        """
+        if isolation is None:  # what regions say alone goes together well; subjects that adapters draw come apart
+            isolation = ISOLATED_SUBJECTS if any(part.strengths for part in parts) else 0.0
+        return cls(tuple(parts), feather, isolation)
+
+    def groups(self, count: int) -> list[int]:
+        """Say which regions are normalized together: those with the same strengths of adapters.
+
+        Args:
+            count: Of regions, with what is in none and such as cover nothing.
+
+        Returns:
+            The number of the group of each.
+        """
+        own: list[Mapping[str, float | ByPart]] = [{}, *(part.strengths for part in self.parts)]
+        each = [own.index(one) for one in own]
+        known = list(dict.fromkeys(each))
+        return [known.index(one) for one in each] + [0] * (count - len(own))
 
     def on(self, width: int, height: int) -> "Division":
         """Say where regions are in shares of a picture, so that they are there in every pass.
@@ -338,7 +368,8 @@ class Regional:
             raise UserError("a network that torch.compile compiled knows no regions; draw them with the plain one")
         latents = height // denoiser.factor, width // denoiser.factor
         masks = self.masks(width, height).to(computes_on(pipe))
-        layout = regions.Layout(masks, latents, [network, *beside])
+        groups = [division.groups(self.count) for division in self.divisions]
+        layout = regions.Layout(masks, latents, [network, *beside], groups)
 
         def isolate(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if regions.present() is layout:

@@ -34,6 +34,7 @@ from ..core.settings import (
     settle,
 )
 from ..core.strength_schedule import ByPart
+from ..data.picture_formats import PictureFormat, ending, format_of
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
@@ -46,9 +47,8 @@ from .compositions import COMPOSITIONS, LEARNED, Compose, explanation
 from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
-from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
-from .region_settings import FEATHER, ISOLATION, Regions, check_compose, says_of_edges
+from .region_settings import FEATHER, Regions, check_compose, says_of_edges
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
@@ -569,10 +569,11 @@ class DrawingConfig(Sampling):
     region_feather: float = setting(
         FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
     )
-    region_isolation: float = setting(
-        ISOLATION,
+    region_isolation: float | None = setting(
+        None,
         "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
-        "lets less of one into another, and leaves more of a seam between them.",
+        "lets less of one into another, and leaves more of a seam between them; by default 0.3 where regions have adapters "
+        "of their own, and 0 where they have not.",
         PARAMETERS,
         WHOLE_SHARE,
     )
@@ -653,7 +654,8 @@ class GenerateConfig(DrawingConfig):
     calibrate: bool = setting(
         False,
         "Make strengths comparable: first measure what each adapter changes of the network's predictions of the prompts, "
-        "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
+        "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones. Sheets of "
+        "blend are calibrated by default.",
         PARAMETERS,
     )
     regions: RegionsFrom = setting(
@@ -793,9 +795,11 @@ class BlendConfig(DrawingConfig):
     )
     plain: bool = setting(
         False,
-        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% pictures are as far from "
-        "those of the one alone as from those of the other, which rows of nine pictures of eight steps measure first.",
+        "Mix by the strengths alone: at 50% each adapter has half of its own. By default mixes are calibrated: at 50% "
+        "pictures are as far from those of the one alone as from those of the other, which rows of nine pictures of eight "
+        "steps measure first.",
         PARAMETERS,
+        flag=Flag(contrary_of="calibrate"),
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
     auto: int | None = setting(

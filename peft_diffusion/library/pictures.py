@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import UserError
 from ..core.files import refuse_larger
 from ..core.parsing import refusing
+from ..data.drawn_from import a1111_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +27,6 @@ _MOST = 8  # pictures of an adapter
 _MOST_LETTERS = 2**16  # of what a picture says of its making
 _SIDE = 512  # pixels that a picture is brought to
 _DATA = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
-_REST = re.compile(r"\n(?:Negative prompt:|Steps: \d)")
 
 
 def examples_of(path: Path) -> tuple[Path, ...]:
@@ -100,7 +100,7 @@ def prompts_of(pictures: Sequence[Path]) -> tuple[list[str], list[str]]:
             notes.append(str(error))
             continue
         if isinstance(told, str) and len(told) <= _MOST_LETTERS:
-            prompt = " ".join(_REST.split(told, maxsplit=1)[0].split())
+            prompt = a1111_prompt(told)
             found += [prompt[:2000]] if prompt else []
     return found, notes
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import UserError
-from ..generation.region_settings import FEATHER, ISOLATION
+from ..generation.region_settings import FEATHER
 
 OWN = "peft_diffusion"
 """The script of ``alwayson_scripts`` that says what A1111 has no name for."""
@@ -42,7 +42,7 @@ class Extras(BaseModel):
         region: The regions of the picture.
         regions: Where they are: as each says, or where triggers are read.
         region_feather: How wide their edges are, as a share of the shorter side.
-        region_isolation: The share of the noise levels at which they do not attend to each other.
+        region_isolation: The share of the noise levels at which they do not attend to each other; None for what suits them.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -51,7 +51,7 @@ class Extras(BaseModel):
     region: list[RegionBody] = Field(default=[], max_length=_MOST_REGIONS)
     regions: Literal["given", "auto"] = "given"
     region_feather: float = Field(default=FEATHER, ge=0, le=1)
-    region_isolation: float = Field(default=ISOLATION, ge=0, le=1)
+    region_isolation: float | None = Field(default=None, ge=0, le=1)
 
 
 class OwnScript(BaseModel):

@@ -13,9 +13,9 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Noted, Observer, Warned
 from ..core.files import at_home
+from ..data.picture_formats import PictureFormat
 from ..generation.kept import Kept
 from ..generation.memory import loaded
-from ..generation.picture_formats import PictureFormat
 from . import drawing, names, pictures
 from .bodies import Drawing
 from .drawing import Files, Held, Result

@@ -14,9 +14,9 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.settings import not_among
 from ..data import images
+from ..data.picture_formats import PictureFormat, a1111_text
 from ..data.problems import PictureError
 from ..generation import recipe as recipes
-from ..generation.picture_formats import PictureFormat, a1111_text
 from ..generation.recipe import Recipe
 
 _QUALITY = 80  # A1111's default of jpeg_quality

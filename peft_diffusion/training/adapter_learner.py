@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import formats
 from ..bases.words import teach
-from ..core import plugins, targets
+from ..core import plugins, site, targets
+from ..core.adapter import parts_of
 from ..core.arena import Arena
 from ..core.errors import UnknownMethodError, UserError
 from ..core.events import Noted, Observer, Warned
@@ -164,6 +165,12 @@ class AdapterLearner:
     def at_strength(self, strength: float) -> AbstractContextManager[None]:
         """The adapter at a strength."""
         return at_strength(self.material.parts.values(), NAME, strength)
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether it was nothing before the first step: neither a file's adapter nor a soft prompt, whose words are read."""
+        adapters = (one for part in self.material.parts.values() for one in site.adapters(part, NAME).values())
+        return INIT not in self.files and not any(part.precedes for adapter in adapters for part in parts_of(adapter))
 
     def save(self, path: Path, result: RunResult, known: Mapping[str, Any]) -> None:
         """Write an adapter file: the run's own, or one of the way."""

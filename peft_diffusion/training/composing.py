@@ -278,15 +278,18 @@ class ComposeMaterial:
         """How many pictures of each adapter are kept apart."""
         return apart_of([one.path.stem for one in self.plans], self.prepared.of_run.apart)
 
-    def next_command(self) -> str:
-        """What to type to draw with what was learned; adapters are found beside its file, and named where they are not."""
+    def next_command(self, strength: float | None) -> str:
+        """What to type to draw with what was learned, which has no strength of its own.
+
+        Adapters are found beside its file, and named where they are not.
+        """
         config = self.config
         beside = config.output.absolute().parent
         named = [str(one.path) for one in self.plans if one.path.absolute().parent != beside]
         base = None if config.base == ComposeTrainConfig.base else config.base
         triggers = [one.triggers[0] for one in map(_member, self.plans) if one.triggers]
         flags = {"compose-file": str(config.output), "base": base}
-        return next_command("generate", ", ".join(triggers) or "a picture", flags, self.plugins, named)
+        return next_command("generate", self.prepared.proposed(triggers), flags, self.plugins, named)
 
     @cached_property
     def before(self) -> tuple[float, ...]:
@@ -326,6 +329,7 @@ class CompositionLearner:
 
     penalty = None
     at_strength = None
+    begins_as_base = False
 
     def __init__(self, material: ComposeMaterial, others: Sequence[Other]) -> None:
         kind, self.learned = material.config.kind, material.task.learned

@@ -17,7 +17,6 @@ from ..core.shortening import shortened
 from ..core.wording import number_of, shares
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
-from .settings.presets import FEW_APART
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,13 +151,14 @@ class HeldOut(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell how many, or why none."""
         if self.count:
-            hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
+            hint = " (--held-out 0 trains on all)" if self.least else ""  # nobody asked for it
             whose = f", {shares(self.of_each)}" if self.of_each else ""
             return (f"{number_of(self.count, 'picture')} kept apart{whose}: the loss there shows when to stop{hint}",)
-        one = "there is but one picture; " if self.of == 1 else "each data set has but one picture; "
-        few = one if self.wanted else f"fewer than {self.least} pictures; "
-        why = few if self.wanted or self.of < self.least else ""
-        return (f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)",)
+        told = "no pictures are kept apart to measure on"
+        if self.of == 1 or self.wanted:  # no share is any
+            return (f"{told}: {'there is' if self.of == 1 else 'each data set has'} but one picture",)
+        few = f"fewer than {self.least} pictures; " if self.of < self.least else ""
+        return (f"{told} ({few}--held-out 0.1 keeps a tenth, at least one)",)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Pictures as what a run learns from: a style, or a subject."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from ..core.others import Other
 from ..core.settings import flag, pick, to_json
 from ..data.borders import Colour, paper
 from ..data.buckets import place
-from ..data.captions import tag_frequency, with_trigger
+from ..data.captions import tag_frequency
 from ..data.images import open_picture
 from ..fast.unet import fused
 from .adapter_learner import AdapterLearner, check_asked
@@ -32,7 +31,7 @@ from .machine.sharding import sharing
 from .record.facts import thumbnails
 from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
-from .run import Facts, next_command
+from .run import Facts, at_strength, next_command
 from .settings.derive import resolve
 from .settings.others.reading import with_datasets
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
@@ -44,7 +43,6 @@ from .tasks.preparation import Prepared, check_apart, check_places, items, prepa
 from .watch.previews import Previews
 
 _LOOKED_AT = 12  # pictures of which the border is measured, at most
-_PROMPT = 200  # characters of a prompt that is proposed
 
 
 @dataclass(frozen=True)
@@ -283,21 +281,12 @@ class PictureMaterial:
         )  # fmt: skip
         return resolve(plain, self.info, len(self.prepared.of_run.all), self.task.device.type)
 
-    def next_command(self) -> str:
-        """What to type to draw with what was learned."""
+    def next_command(self, strength: float | None) -> str:
+        """What to type to draw with what was learned, at a strength that is suggested."""
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
-        flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", self._own_prompt(), flags, self.plugins)
-
-    def _own_prompt(self) -> str:
-        """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""
-        prepared, trigger = self.prepared, with_trigger("", self.config.trigger)
-        apart = prepared.held_out.plain(prepared.rules) if prepared.held_out else []
-        prompts = [prompt for prompt in (*apart, *prepared.train.plain(prepared.rules)) if prompt]
-        short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
-        words = next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
-        return re.sub("[{}]", r"\\\g<0>", prepared.drawn(words))  # in prompts, braces are alternatives
+        flags = {"adapter": at_strength(config.output, strength), "base": base, "quantize": config.quantize}
+        return next_command("generate", self.prepared.proposed([config.trigger]), flags, self.plugins)
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""

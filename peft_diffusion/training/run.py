@@ -147,6 +147,11 @@ class Learner(Protocol[Taken]):
         """Has it act as much as a strength says, for what is done inside; None for what has no strength of its own."""
         ...
 
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether the loss before the first step is the base's, which it has at strength 0."""
+        ...
+
     def save(self, path: Path, result: Taken, known: Mapping[str, Any]) -> None:
         """Write its file, with the weights that it has now.
 
@@ -266,8 +271,11 @@ class Material(Protocol[Result]):
         """
         ...
 
-    def next_command(self) -> str:
+    def next_command(self, strength: float | None) -> str:
         """Write the command that uses what was learned.
+
+        Args:
+            strength: That at which it was measured to serve best; None where that is not known.
 
         Returns:
             The command line.
@@ -612,6 +620,8 @@ class _Run(Generic[Result]):
             self.tell(started)
             self._learn(asked.log_with, stop)
             self.outcome = self._outcome() if self.processes.measures else None
+            if self.processes.leads:
+                self.folder.note(commands=self._commands())  # with the strength that is suggested now
 
     def write(self, base: str, seconds: float) -> Result:
         """Write the file of what was trained, with what is worth knowing of it."""
@@ -638,7 +648,7 @@ class _Run(Generic[Result]):
             held_out_after=measured.get(self._kept),
             base_fingerprint=self.material.info.fingerprint,
             base_checksum=base,
-            next_command=self.material.next_command(),
+            next_command=self.material.next_command(self._strength),
             outcome=self.outcome,
         )
         return self.material.result(found)
@@ -689,8 +699,18 @@ class _Run(Generic[Result]):
             said=recorder.lines,
             apart=own.held_out,
             **({} if own.prompts is None else {"prompts": list(own.prompts)}),
-            commands=commands(self.folder.command, material.config.run_dir, material.next_command()),
+            commands=self._commands(),
         )
+
+    @property
+    def _strength(self) -> float | None:
+        """The strength that is suggested, as far as it is."""
+        return self.outcome.suggestion.strength if self.outcome and self.outcome.suggestion else None
+
+    def _commands(self) -> dict[str, str]:
+        """What to type to use what was learned, and to go on."""
+        use = self.material.next_command(self._strength)
+        return commands(self.folder.command, self.material.config.run_dir, use)
 
     def _learn(self, log_with: LogWith | None, stop: Stop | None) -> None:
         """Train to the end. Raises Interrupted where it was stopped early."""
@@ -751,7 +771,9 @@ class _Run(Generic[Result]):
         suggestion = None
         at_strength = self.learner.at_strength
         if at_strength is not None and 0 in held_out and kept in held_out:
-            suggestion = suggest(partial(self._measured, at_strength), held_out[0], held_out[kept])
+            measure = partial(self._measured, at_strength)
+            base = held_out[0] if self.learner.begins_as_base else measure(0.0)
+            suggestion = suggest(measure, base, held_out[kept])
             self.tell(StrengthSuggested(suggestion))
         return Outcome(kept, best, warning, suggestion)
 
@@ -849,6 +871,20 @@ def origin_of(
         **({FILES: dict(files)} if files else {}),
     }
     return Origin(settings, digest(items), base)
+
+
+def at_strength(path: Path, strength: float | None) -> str:
+    """Write an adapter as ``--adapter`` takes it.
+
+    Args:
+        path: Its file.
+        strength: That which is suggested; None for none. At 0, which is suggested where nothing was learned that holds for
+            what is kept apart, nothing of it would be seen: it is left at 1.
+
+    Returns:
+        The path, and the strength where it is another than 1.
+    """
+    return f"{path}={strength:g}" if strength and strength != 1 else str(path)
 
 
 def next_command(

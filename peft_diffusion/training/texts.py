@@ -31,7 +31,7 @@ from .machine.precision import pick_precision
 from .machine.processes import Processes
 from .record.run_folder import RunFolder, check_run, check_writable
 from .results import FoundRates, RunResult, TextTrainResult
-from .run import Facts, next_command
+from .run import Facts, at_strength, next_command
 from .settings.choices import Precision
 from .settings.derive import resolve_language
 from .settings.placements import blocks, plugins_of
@@ -286,11 +286,11 @@ class TextMaterial:
             held_out=f"{apart:,} tokens are kept apart to measure on" if apart else "",
         )
 
-    def next_command(self) -> str:
-        """What to type to write with what was learned."""
+    def next_command(self, strength: float | None) -> str:
+        """What to type to write with what was learned, at a strength that is suggested."""
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
-        flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
+        flags = {"adapter": at_strength(config.output, strength), "base": base, "quantize": config.quantize}
         return next_command("text generate", self._own_words(), flags, self.plugins)
 
     def _own_words(self) -> str:

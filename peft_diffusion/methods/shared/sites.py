@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.adapter import Site
+from ...core.regions import RegionalNorm
 from ...core.site import base_class
 from . import affine
 
@@ -98,7 +99,8 @@ def normalized(site: Site, x: Tensor) -> Tensor:
         TypeError: It is no norm.
     """
     if isinstance(site, nn.GroupNorm):
-        return F.group_norm(x, site.num_groups, None, None, site.eps)
+        apart = site.apart(x, plain=True) if isinstance(site, RegionalNorm) else None
+        return F.group_norm(x, site.num_groups, None, None, site.eps) if apart is None else apart
     if isinstance(site, nn.LayerNorm):
         return F.layer_norm(x, site.normalized_shape, None, None, site.eps)
     if _is_root_mean_square(site):

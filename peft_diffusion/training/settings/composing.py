@@ -78,7 +78,8 @@ class ComposeTrainConfig:
     seed: int = setting(0, "What all chance comes from.", LEARNING, Range(0, 2**63 - 1))
     missing_captions: MissingCaptions = setting(
         "stop",
-        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them.",
+        "What becomes of pictures without caption: stop, use the file name, use the prompt that a picture carries and was "
+        "drawn from (recipe), use no words (empty), or skip them.",
         DATA,
     )
     resolution: int | None = setting(

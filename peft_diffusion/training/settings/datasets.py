@@ -41,8 +41,9 @@ class FolderSettings:
 
     missing_captions: MissingCaptions = setting(
         "stop",
-        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them; "
-        "a caption that is there and cannot be read always stops.",
+        "What becomes of pictures without caption: stop, use the file name, use the prompt that a picture carries and was "
+        "drawn from (recipe), use no words (empty), or skip them; a caption that is there and cannot be read always stops. "
+        "In folders without caption files such prompts are captions in any case, and names where there are none.",
         DATA,
         free_on_resume=True,
     )
@@ -123,8 +124,8 @@ class Dataset:
     )
     captions: CaptionSource = setting(
         "auto",
-        "Where captions come from: text files, or else names (auto); from files alone (files), from the names of pictures "
-        "(names), or the one that is the same for all (caption).",
+        "Where captions come from: text files, or else prompts that pictures carry, or names (auto); from files alone "
+        "(files), from the names of pictures (names), or the one that is the same for all (caption).",
         DATA,
     )
     caption: str = setting(

@@ -17,7 +17,7 @@ from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
 from ...bases.pipelines import Pipeline
-from ...bases.prompts import Reading, encode_frozen, together, told
+from ...bases.prompts import Reading, encode_frozen, together, with_prompts
 from ...core import site
 from ...core.adapter import parts_of
 from ...core.errors import UserError
@@ -607,7 +607,7 @@ class DiffusionTask:
         of_class = {name: tensor[self.settings.batch_size :] for name, tensor in both.items()}
         read = {name.removeprefix(_OF_BASE): tensor for name, tensor in inputs.items() if name.startswith(_OF_BASE)}
         with torch.no_grad(), self._base():
-            return self.answer(told(of_class, read) if read else of_class)[0]
+            return self.answer(with_prompts(of_class, read) if read else of_class)[0]
 
     def _base(self) -> ExitStack:
         """The base without the adapter."""

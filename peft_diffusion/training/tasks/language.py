@@ -69,7 +69,7 @@ class LanguageTask:
         self.settings = settings
         self.line = train
         self.unseen = held_out
-        self.start = torch.tensor(base.start(), dtype=torch.long, device=self.device)
+        self.start = self._start()
         room = settings.context - len(self.start)
         if room < 1 or settings.context < 2:
             raise UserError(
@@ -124,7 +124,7 @@ class LanguageTask:
         Returns:
             A float32 scalar with gradients to the adapter.
         """
-        losses, said = self._losses(inputs["rows"])
+        losses, said = self._losses(inputs["rows"], self.start)
         return losses.sum() / said.sum().clamp(min=1)
 
     def held_out(self) -> float | None:
@@ -143,19 +143,25 @@ class LanguageTask:
                 with at_strength([self.lm], NAME, 0.0):
                     self._base_answers = self._other_answers()
             pairs = zip(self._base_answers, self._other_answers(), strict=True)
-            moved = torch.cat([(was.exp() * (was - now)).sum(-1) for was, now in pairs])
+            # A soft prompt stands before what the base reads: both end alike.
+            moved = torch.cat([(was.exp() * (was - now[-len(was) :])).sum(-1) for was, now in pairs])
         return max(0.0, float(moved.mean()))
 
     def _other_answers(self) -> list[Tensor]:
         """Log-probabilities after each token of plain sentences, (tokens, vocabulary) each."""
-        rows = [torch.cat([self.start, row])[None] for row in self.others]
+        start = self._start()
+        rows = [torch.cat([start, row])[None] for row in self.others]
         return [self.lm(input_ids=row, use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
 
+    def _start(self) -> Tensor:
+        """What the tokenizer puts first at the present strengths: at 0 no soft prompt."""
+        return torch.tensor(self.base.start(), dtype=torch.long, device=self.device)
+
     def _mean_loss(self, line: Tensor) -> float:
-        total, count = 0.0, 0
+        total, count, start = 0.0, 0, self._start()
         with torch.no_grad(), evaluating([self.lm]):
             for rows in self._pieces(line):
-                losses, said = self._losses(rows)
+                losses, said = self._losses(rows, start)
                 total, count = total + float(losses.double().sum()), count + int(said.sum())
         return total / max(1, count)
 
@@ -186,14 +192,14 @@ class LanguageTask:
         if len(line) - whole + len(self.start) > 1:
             yield line[None, whole:]
 
-    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, rows: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each token of pieces (rows, length) that follows something, float32 and flat, and which can be said.
 
-        What cannot be said has no loss.
+        ``start`` stands before each piece. What cannot be said has no loss.
         """
         rows = rows.to(self.device)
-        ids = torch.cat([self.start.expand(len(rows), -1), rows], 1)
-        first = max(1, len(self.start))  # what the tokenizer puts first is told, not asked
+        ids = torch.cat([start.expand(len(rows), -1), rows], 1)
+        first = max(1, len(start))  # what the tokenizer puts first is told, not asked
         logits = self.lm(input_ids=ids, use_cache=False).logits[:, first - 1 : -1].flatten(0, 1)
         asked = ids[:, first:].flatten()
         said = ~torch.isin(asked, self.unsaid) if len(self.unsaid) else torch.ones_like(asked, dtype=torch.bool)

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from ...data.buckets import (
     share_out,
     steps_per_epoch,
 )
-from ...data.captions import CaptionRules, has_place
+from ...data.captions import CaptionRules, has_place, with_trigger
 from ...data.folder import TrainingImage
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
@@ -62,6 +63,7 @@ from .unseen import unseen
 
 PREVIEWS = 4
 """How many pictures previews have where none were asked for."""
+_PROMPT = 200  # characters of a prompt that is proposed
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 
@@ -109,6 +111,24 @@ class Prepared:
             A prompt of A1111.
         """
         return caption if self.config.weighted_captions else from_letters(caption)
+
+    def proposed(self, triggers: Sequence[str]) -> str:
+        """Propose a prompt that calls what was learned.
+
+        Args:
+            triggers: The words that call it.
+
+        Returns:
+            A caption that is not long, of a picture kept apart where there is one, with the triggers that it lacks; where
+            there is none, the triggers, or the beginning of a long one. It reads as it was learned.
+        """
+        plain = [*(self.held_out.plain(self.rules) if self.held_out else ()), *self.train.plain(self.rules)]
+        captions = [caption for caption in plain if caption]
+        words = next((caption for caption in captions if len(caption) <= _PROMPT), "")
+        for trigger in reversed(triggers):
+            words = with_trigger(words, re.sub("[{}]+", " ", trigger))
+        words = words or " ".join(captions[0][:_PROMPT].split()[:-1] if captions else ()) or "a picture"
+        return re.sub("[{}]", r"\\\g<0>", self.drawn(words))  # in prompts, braces are alternatives
 
     @cached_property
     def others(self) -> list[str]:
