@@ -30,6 +30,7 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.core.regions import Layout
+from peft_diffusion.core.strength_schedule import ByPart
 from peft_diffusion.fast import drawing
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.asked import order
@@ -605,11 +606,30 @@ def test_threads_that_draw_with_regions_leave_norms_as_they_were() -> None:
 def test_subjects_are_kept_apart_by_default_and_what_only_prompts_say_is_not() -> None:
     left, right = Area((0, 0, 0.5, 1)), Area((0.5, 0, 1, 1))
     worded = Division.of([DrawnRegion(left, "a cat"), DrawnRegion(right, "a dog")], 0.1, None)
-    assert (worded.isolation, worded.groups(4)) == (0.0, [0, 0, 0, 0])
+    assert (worded.isolation, worded.groups({"ink": 1.0}, 4)) == (0.0, [0, 0, 0, 0])
     subjects = [DrawnRegion(left, "a cat", {"ink": 1.0}), DrawnRegion(right, "a dog", {"flat": 1.0}), DrawnRegion(left)]
     divided = Division.of([*subjects, DrawnRegion(right, None, {"ink": 1.0})], 0.1, None)
-    assert (divided.isolation, divided.groups(6)) == (0.3, [0, 1, 2, 0, 1, 0])
+    assert (divided.isolation, divided.groups({}, 6)) == (0.3, [0, 1, 2, 0, 1, 0])
     assert Division.of(subjects, 0.1, 0.0).isolation == 0.0
+    same = [DrawnRegion(left, "a cat", {"ink": ByPart(0.8), "flat": 0.0})]
+    assert Division.of(same, 0.1, None, {"ink": 0.8}).isolation == 0.0
+    assert Division.of(same, 0.1, None, {"ink": 0.7}).isolation == 0.3
+
+
+def test_norms_that_are_computed_otherwise_are_refused() -> None:
+    network = nn.Sequential(nn.GroupNorm(2, 6))
+    regional_attention.refuse_unknown_norms([network])
+    network[0].forward = network[0].forward  # as hooks that move weights from call to call do
+    with pytest.raises(UserError, match="the norm 0 is moved from call to call"):
+        regional_attention.refuse_unknown_norms([network])
+
+
+def test_a_copy_made_while_regions_are_drawn_holds_plain_norms() -> None:
+    network = nn.ModuleList([nn.GroupNorm(2, 6)])
+    with regional_attention.attending([network]):
+        made = copy.deepcopy(network)
+    assert type(made[0]) is nn.GroupNorm
+    assert torch.equal(made.get_parameter("0.weight"), network.get_parameter("0.weight"))
 
 
 @pytest.mark.slow

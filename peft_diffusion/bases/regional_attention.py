@@ -1,4 +1,4 @@
-"""Attention of a UNet in pictures with regions: each region reads its own prompt, and perhaps only itself.
+"""Attention and norms of a UNet in pictures with regions: each reads its own prompt, and perhaps only itself.
 
 What is read of each prompt is computed by itself and mixed by the masks of the regions, as the "attention" mode of A1111's
 Regional Prompter and ComfyUI's couples of prompts do.
@@ -25,7 +25,7 @@ _KNOWN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor)
 _PARTS = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
 MASKED = "attention has a mask of its own, which regions know nothing of; leave regions away"
 _lock = threading.Lock()
-_norms: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # by how many threads they are in use
+_norms: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # how many draw with each by region
 
 
 class Maps:
@@ -75,12 +75,15 @@ def watched() -> bool:
 
 
 @contextmanager
-def watching(network: nn.Module, maps: Maps) -> Iterator[None]:
+def watching(
+    network: nn.Module, maps: Maps, changing: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[None]:
     """Look at what attention reads of prompts inside, in this thread.
 
     Args:
         network: The network that denoises.
         maps: Where it is added.
+        changing: As of `attending`.
 
     Yields:
         Once.
@@ -88,7 +91,7 @@ def watching(network: nn.Module, maps: Maps) -> Iterator[None]:
     Raises:
         UserError: As `attending`.
     """
-    with attending([network]):
+    with attending([network], changing):
         _watching.maps = maps
         try:
             yield
@@ -163,6 +166,30 @@ def usual_class(module: nn.Module) -> tuple[type[nn.Module], bool]:
     """
     own = base_class(module)
     return nn.GroupNorm if own is RegionalNorm else own, isinstance(module, AdaptedSite)
+
+
+def refuse_unknown_norms(networks: Sequence[nn.Module]) -> None:
+    """See that group norms can normalize regions each by itself.
+
+    Args:
+        networks: Those that compute the pictures.
+
+    Raises:
+        UserError: A norm is computed otherwise than by its class.
+    """
+    for path, module in (found for network in networks for found in network.named_modules()):
+        if not isinstance(module, nn.GroupNorm):
+            continue
+        moved = "forward" in vars(module)
+        if moved or not _is_known_norm(module):
+            how = "moved from call to call, as --offload sequential does" if moved else f"a {base_class(module).__name__}"
+            raise UserError(
+                f"the norm {path} is {how}, so regions cannot be normalized each by itself; leave their adapters away"
+            )
+
+
+def _is_known_norm(norm: nn.GroupNorm) -> bool:
+    return base_class(norm) is nn.GroupNorm or issubclass(base_class(norm), RegionalNorm)
 
 
 def is_usual(attention: Any) -> bool:
@@ -261,10 +288,10 @@ def attending(
     Raises:
         UserError: They attend in a way that knows no regions.
     """
-    modules = [one for network in networks for one in network.modules()]
-    attentions: list[Any] = [one for one in modules if isinstance(one, Attention)]
-    norms = [one for one in modules if usual_class(one)[0] is nn.GroupNorm]
-    with _lock, changing():
+    with _lock, changing():  # in which no norm is fused with what follows it
+        modules = [one for network in networks for one in network.modules()]
+        attentions: list[Any] = [one for one in modules if isinstance(one, Attention)]
+        norms = [one for one in modules if usual_class(one)[0] is nn.GroupNorm]
         for attention in attentions:
             _refuse_unusual(attention)
         for attention in attentions:

@@ -1,9 +1,10 @@
 """Regions of pictures: where strengths and prompts hold, as each site reads it at its own resolution."""
 
+import copyreg
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .errors import UserError
 
 Grid: TypeAlias = tuple[int, int]
 """Height and width of a map of features."""
-_LEAST = 1e-6  # of a position that a group covers: what covers none has no mean
+_LEAST = 1e-6  # of a position: the share of a group that covers none, whose mean nobody reads
 _NOTHING = -1e4
 """What is added to a score of attention for no weight: `exp` of it is 0, and it is finite in half precision."""
 
@@ -34,7 +35,7 @@ class Layout:
         count: Regions of a picture.
         pictures: Pictures of the batch.
         isolated: Whether each region attends to itself alone.
-        apart_norms: How many groups of regions are normalized each by itself; 1 where all are together, as without regions.
+        norm_groups: How many groups of regions are normalized each by itself; 1 where all are together, as without regions.
         shown: The numbers of those regions that any picture has.
     """
 
@@ -52,8 +53,8 @@ class Layout:
         there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
         self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
         self._reads_text = False
-        self._groups = groups
-        self.apart_norms = 1 + max((max(own) for own in groups or ()), default=0)
+        self._groups = None if groups is None else tuple(tuple(own) for own in groups)
+        self.norm_groups = 1 + max((max(own) for own in groups or ()), default=0)
         self._maps: dict[Grid, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
@@ -65,11 +66,11 @@ class Layout:
         for count, shares in self._tokens.items():
             self._scores[count] = shares.log().clamp(min=_NOTHING).transpose(1, 2).contiguous()
         self.areas = self.masks.mean((2, 3))
-        self._normed = {size: self._grouped(own) for size, own in self._maps.items()} if self.apart_norms > 1 else {}
+        self._normed = {size: self._grouped(own) for size, own in self._maps.items()} if self.norm_groups > 1 else {}
 
     def _grouped(self, masks: Tensor) -> Tensor:
         """What groups cover of a map, (pictures, groups, height, width), of what regions do."""
-        found = masks.new_zeros(len(masks), self.apart_norms, *masks.shape[2:])
+        found = masks.new_zeros(len(masks), self.norm_groups, *masks.shape[2:])
         for number, groups in enumerate(self._groups or ()):
             found[number].index_add_(0, torch.tensor(groups, device=masks.device), masks[number])
         return found
@@ -77,7 +78,7 @@ class Layout:
     @property
     def signature(self) -> tuple[object, ...]:
         """What a recording depends on, apart from the numbers of the masks."""
-        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown, self.apart_norms)
+        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown, self._groups)
 
     def _tensors(self) -> list[Tensor]:
         maps = (self._maps, self._tokens, self._scores, self._normed)
@@ -202,7 +203,7 @@ class Layout:
             found = torch.einsum("pr,prk->pk", self.areas, each)
         return found.repeat(self.repeats(len(y)), *[1] * (found.ndim - 1)).to(y.dtype)
 
-    def normalized(self, x: Tensor, groups: int, eps: float) -> Tensor:
+    def normalized(self, x: Tensor, parts: int, eps: float) -> Tensor:
         """Normalize a map, each group of regions by the mean and variance of its own positions, mixed by their masks.
 
         Adapters of subjects change the statistics of a picture: where one half is flat and dark, the other would be
@@ -210,7 +211,7 @@ class Layout:
 
         Args:
             x: (batch, channels, height, width).
-            groups: Of channels, which share their mean and variance.
+            parts: Into how many the channels are divided, each with a mean and a variance.
             eps: Added to variances.
 
         Returns:
@@ -222,15 +223,16 @@ class Layout:
         size = x.shape[2], x.shape[3]
         masks = self._normed[size] if size in self._normed else self._grouped(self.on_map(*size))
         masks = masks.repeat(self.repeats(len(x)), 1, 1, 1)
-        each = x.float().unflatten(1, (groups, -1))  # (batch, groups, channels of one, height, width)
-        total = torch.zeros_like(each)
-        for number in range(self.apart_norms):
-            own = masks[:, number, None, None]
-            count = own.sum((2, 3, 4), keepdim=True).clamp(min=_LEAST) * each.shape[2]
-            far = each - (each * own).sum((2, 3, 4), keepdim=True) / count
-            variance = (far.square() * own).sum((2, 3, 4), keepdim=True) / count
-            total += far * (variance + eps).rsqrt() * own
-        return total.flatten(1, 2).to(x.dtype)
+        masks = masks.flatten(2).to(torch.promote_types(x.dtype, torch.float32))  # (batch, groups of regions, positions)
+        each = x.to(masks.dtype).unflatten(1, (parts, -1)).flatten(3)  # (batch, parts, channels of one, positions)
+        each = each - each.mean((2, 3), keepdim=True)  # so that squares are not great beside the variance
+        shares = masks / (masks.sum(2, keepdim=True).clamp(min=_LEAST) * each.shape[2])
+        mean, square = (one.sum(2) @ shares.transpose(1, 2) for one in (each, each.square()))
+        scale = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
+        factor, less = scale @ masks, (mean * scale) @ masks
+        found = each * factor[:, :, None] - less[:, :, None]
+        mixed: Tensor = found.unflatten(3, size).flatten(1, 2)
+        return mixed.to(x.dtype)
 
     def by_region(self, told: Tensor) -> Tensor:
         """Part what attention is told into rows, one for each region.
@@ -262,10 +264,10 @@ class RegionalNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, ...), normalized, multiplied by the weight, with the bias added."""
-        found = self.apart(input)
+        found = self.by_region(input)
         return super().forward(input) if found is None else found
 
-    def apart(self, x: Tensor, *, plain: bool = False) -> Tensor | None:
+    def by_region(self, x: Tensor, *, plain: bool = False) -> Tensor | None:
         """Normalize regions each by itself.
 
         Args:
@@ -276,12 +278,16 @@ class RegionalNorm(nn.GroupNorm):
             Of the same shape; None where there are no regions that are normalized apart.
         """
         layout = None if torch.compiler.is_compiling() else _present.layout
-        if layout is None or layout.apart_norms == 1 or x.ndim != 4:
+        if layout is None or layout.norm_groups == 1 or x.ndim != 4:
             return None
         found = layout.normalized(x, self.num_groups, self.eps)
         if plain or not self.affine:
             return found
         return found * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy, or a file, that is made while pictures are drawn holds the norm as it is without regions.
+        return copyreg.__newobj__, (nn.GroupNorm,), self.__getstate__()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class _Present(threading.local):

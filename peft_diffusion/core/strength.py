@@ -347,15 +347,17 @@ class Strengths(KeepsPrecision):
         Yields:
             Once; afterwards the strength is what it was.
         """
-        row, active, full = self.values[self.index(name)], self._active, self.full
-        before = row.clone()
+        row, own = self.values[self.index(name)], {name}
+        before, active, full = row.clone(), self._active & own, self.full & own
         row.zero_()
-        self._active, self.full = active - {name}, full - {name}
+        with _writing:
+            self._active, self.full = self._active - own, self.full - own
         try:
             yield
         finally:
             row.copy_(before)
-            self._active, self.full = active, full
+            with _writing:  # others may have been set meanwhile
+                self._active, self.full = self._active - own | active, self.full - own | full
 
     def learn(self, rows: Tensor, values: Tensor) -> None:
         """Put a tensor in the place of ``values``, in every thread, through which gradients reach what it was made of.

@@ -497,8 +497,9 @@ class _Table:
     def of(cls, strengths: Strengths, times: Tensor) -> "_Table":
         """Of a scheduler's timesteps, of which some samplers take one twice."""
         steps = list(dict.fromkeys(times.tolist()))
+        change = strengths.changes  # before they are read: what is written meanwhile ends the table
         values = strengths.steps([step / max(1, len(steps) - 1) for step in range(len(steps))])
-        return cls(times, strengths.changes, torch.tensor(steps, dtype=torch.float64, device=values.device), values)
+        return cls(times, change, torch.tensor(steps, dtype=torch.float64, device=values.device), values)
 
     def at(self, timestep: Tensor) -> Tensor:
         """(adapters, blocks, images)."""

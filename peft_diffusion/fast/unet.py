@@ -241,9 +241,9 @@ class FusedNorm(RegionalNorm):
             What is computed, and ``x``.
         """
         layout = regions.present()
-        if layout is None or layout.apart_norms == 1:  # first, as the shift is added by the kernel
+        if layout is None or layout.norm_groups == 1:  # first, as the shift is added by the kernel
             return frozen_ops.group_norm(x, self, shift, silu)
-        y = self.apart(x if shift is None else x + shift[:, :, None, None])
+        y = self.by_region(x if shift is None else x + shift[:, :, None, None])
         if y is None:
             return frozen_ops.group_norm(x, self, shift, silu)
         y = y.contiguous(memory_format=torch.channels_last)

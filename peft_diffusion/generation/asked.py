@@ -210,8 +210,9 @@ class Order:
             own = {names[number]: amount for number, amount in said.amounts().items() if number < len(names)}
             parts.append(DrawnRegion(parse_area(said.area), said.prompt, own))
         how = one.config
-        division = Division.of(parts, how.region_feather, how.region_isolation) if parts else None
-        return Cell(one.prompt, one.seed, scaled(self.strengths(one, names, base)), one.negative, division)
+        whole = scaled(self.strengths(one, names, base))
+        division = Division.of(parts, how.region_feather, how.region_isolation, whole) if parts else None
+        return Cell(one.prompt, one.seed, whole, one.negative, division)
 
 
 def manner(sampling: S) -> S:

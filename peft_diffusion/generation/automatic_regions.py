@@ -206,4 +206,5 @@ def _division(
     for number, one in enumerate(concepts):
         off: dict[str, float | ByPart] = {other.name: 0.0 for other in concepts if other is not one}
         parts.append(DrawnRegion(areas[number], prompts[number], off))
-    return Division.of(parts, config.region_feather, config.region_isolation)
+    on: dict[str, float | ByPart] = dict.fromkeys((one.name for one in concepts), 1.0)
+    return Division.of(parts, config.region_feather, config.region_isolation, on)

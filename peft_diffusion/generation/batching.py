@@ -67,7 +67,7 @@ class Request:
         strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
         negative = self.sampling.negative if self.negative is None else self.negative
         parts = tuple(DrawnRegion(Area.of(one), one.prompt, _all_named(one.adapter)) for one in self.regions)
-        division = Division.of(parts, self.region_feather, self.region_isolation) if parts else None
+        division = Division.of(parts, self.region_feather, self.region_isolation, strengths) if parts else None
         return Cell(self.prompt, self.seed, strengths, negative, division)
 
 

@@ -101,7 +101,7 @@ def says_of_edges(feather: float, isolation: float | None) -> bool:
     Returns:
         Whether either is another than where nothing is said.
     """
-    return feather != FEATHER or isolation is not None
+    return feather != FEATHER or isolation not in (None, 0.0)
 
 
 def check_compose(compose: str) -> None:

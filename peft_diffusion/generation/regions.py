@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline, computes_on, guides, uncompiled
-from ..bases.regional_attention import attending
+from ..bases.regional_attention import attending, refuse_unknown_norms
 from ..core import regions
 from ..core.errors import UserError
 from ..core.parsing import refusing
@@ -193,31 +193,40 @@ class Division:
     isolation: float = 0.0
 
     @classmethod
-    def of(cls, parts: Sequence[DrawnRegion], feather: float, isolation: float | None) -> "Division":
+    def of(
+        cls,
+        parts: Sequence[DrawnRegion],
+        feather: float,
+        isolation: float | None,
+        whole: Mapping[str, float | ByPart] | None = None,
+    ) -> "Division":
         """Divide a picture.
 
         Args:
             parts: The regions.
             feather: As `feather`.
             isolation: As `isolation`; None for what suits the regions.
+            whole: The strengths of adapters in the whole picture.
 
         Returns:
             How it is divided.
         """
-        if isolation is None:  # what regions say alone goes together well; subjects that adapters draw come apart
-            isolation = ISOLATED_SUBJECTS if any(part.strengths for part in parts) else 0.0
-        return cls(tuple(parts), feather, isolation)
+        found = cls(tuple(parts), feather, isolation or 0.0)
+        if isolation is None and any(found.groups(whole or {}, 1 + len(parts))):  # what prompts alone say goes together
+            return replace(found, isolation=ISOLATED_SUBJECTS)
+        return found
 
-    def groups(self, count: int) -> list[int]:
-        """Say which regions are normalized together: those with the same strengths of adapters.
+    def groups(self, whole: Mapping[str, float | ByPart], count: int) -> list[int]:
+        """Say which regions are normalized together: those in which adapters have the same strengths.
 
         Args:
+            whole: The strengths of adapters in the whole picture.
             count: Of regions, with what is in none and such as cover nothing.
 
         Returns:
             The number of the group of each.
         """
-        own: list[Mapping[str, float | ByPart]] = [{}, *(part.strengths for part in self.parts)]
+        own = [_acting(whole), *(_acting({**whole, **part.strengths}) for part in self.parts)]
         each = [own.index(one) for one in own]
         known = list(dict.fromkeys(each))
         return [known.index(one) for one in each] + [0] * (count - len(own))
@@ -255,6 +264,12 @@ class Division:
         return replace(self, parts=tuple(part if part.prompt is None else replace(part, prompt=one) for part, one in read))
 
 
+def _acting(strengths: Mapping[str, float | ByPart]) -> dict[str, float | ByPart]:
+    """The strengths of what acts, those that are the same for all parts as numbers."""
+    plain = {name: one.strength if one == ByPart(getattr(one, "strength", 0.0)) else one for name, one in strengths.items()}
+    return {name: one for name, one in plain.items() if one != 0}
+
+
 def columns(cells: "Sequence[Cell]") -> "list[Cell]":
     """List what is drawn in the regions of pictures, as pictures of their own.
 
@@ -276,6 +291,11 @@ def columns(cells: "Sequence[Cell]") -> "list[Cell]":
     return found
 
 
+def _is_compiled(network: nn.Module) -> bool:
+    """Whether a network or a block of it is compiled: what is compiled knows nothing of a thread's regions."""
+    return any(one._compiled_call_impl is not None or uncompiled(one) is not one for one in network.modules())
+
+
 @dataclass(frozen=True)
 class Regional:
     """A batch of pictures with regions.
@@ -283,10 +303,12 @@ class Regional:
     Attributes:
         divisions: How each is divided.
         isolation: That of all.
+        groups: Of each, which regions are normalized together.
     """
 
     divisions: tuple[Division, ...]
     isolation: float
+    groups: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, cells: "Sequence[Cell]") -> "Regional | None":
@@ -301,7 +323,10 @@ class Regional:
         found = {cell.division.isolation for cell in cells if cell.division is not None}
         if not found:
             return None
-        return cls(tuple(cell.division or Division(()) for cell in cells), max(found))
+        divisions = [cell.division or Division(()) for cell in cells]
+        count = 1 + max(len(division.parts) for division in divisions)
+        groups = [one.groups(cell.strengths or {}, count) for one, cell in zip(divisions, cells, strict=True)]
+        return cls(tuple(divisions), max(found), tuple(map(tuple, groups)))
 
     @property
     def count(self) -> int:
@@ -364,12 +389,21 @@ class Regional:
         """
         denoiser = denoiser_of(pipe)
         network = denoiser.network
-        if any(uncompiled(part) is network and part is not network for part in pipe.components.values()):
+        wrapped = any(uncompiled(part) is network and part is not network for part in pipe.components.values())
+        if wrapped or any(_is_compiled(one) for one in (network, *beside)):
             raise UserError("a network that torch.compile compiled knows no regions; draw them with the plain one")
         latents = height // denoiser.factor, width // denoiser.factor
         masks = self.masks(width, height).to(computes_on(pipe))
-        groups = [division.groups(self.count) for division in self.divisions]
-        layout = regions.Layout(masks, latents, [network, *beside], groups)
+        layout = regions.Layout(masks, latents, [network, *beside], self.groups)
+        if layout.norm_groups > 1:
+            refuse_unknown_norms(layout.networks)
+
+        @contextmanager
+        def changing() -> Iterator[None]:
+            with ExitStack() as engines:
+                for one in layout.networks:
+                    engines.enter_context(drawing.held(one))
+                yield
 
         def isolate(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if regions.present() is layout:
@@ -379,7 +413,7 @@ class Regional:
 
         handle = network.register_forward_pre_hook(isolate, with_kwargs=True)
         try:
-            with attending(layout.networks, lambda: drawing.held(network)), regions.using(layout):
+            with attending(layout.networks, changing), regions.using(layout):
                 yield
         finally:
             handle.remove()

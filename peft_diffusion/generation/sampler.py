@@ -27,6 +27,7 @@ from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
+from ..fast.drawing import held
 from .composition import Rows, composed, rows_of
 from .compositions.declared import Drawing
 from .control import Controls, controlled
@@ -257,7 +258,7 @@ def probed(
     with steered as controls, drawing(pipe, scheduler):
         set_strengths(adapters, batch)
         start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
-        with watching(network, maps):
+        with watching(network, maps, lambda: held(network)):
             _called(start, batch, telling, _Ending(Observers(), 0, 1, until), controls, "latent")
 
 

@@ -99,7 +99,7 @@ def normalized(site: Site, x: Tensor) -> Tensor:
         TypeError: It is no norm.
     """
     if isinstance(site, nn.GroupNorm):
-        apart = site.apart(x, plain=True) if isinstance(site, RegionalNorm) else None
+        apart = site.by_region(x, plain=True) if isinstance(site, RegionalNorm) else None
         return F.group_norm(x, site.num_groups, None, None, site.eps) if apart is None else apart
     if isinstance(site, nn.LayerNorm):
         return F.layer_norm(x, site.normalized_shape, None, None, site.eps)
