@@ -267,11 +267,12 @@ class RegionalNorm(nn.GroupNorm):
         found = self.by_region(input)
         return super().forward(input) if found is None else found
 
-    def by_region(self, x: Tensor, *, plain: bool = False) -> Tensor | None:
+    def by_region(self, x: Tensor, shift: Tensor | None = None, *, plain: bool = False) -> Tensor | None:
         """Normalize regions each by itself.
 
         Args:
             x: (batch, channels, height, width).
+            shift: Added to ``x`` first, (batch, channels).
             plain: Whether weight and bias are left out.
 
         Returns:
@@ -280,7 +281,7 @@ class RegionalNorm(nn.GroupNorm):
         layout = None if torch.compiler.is_compiling() else _present.layout
         if layout is None or layout.norm_groups == 1 or x.ndim != 4:
             return None
-        found = layout.normalized(x, self.num_groups, self.eps)
+        found = layout.normalized(x if shift is None else x + shift[:, :, None, None], self.num_groups, self.eps)
         if plain or not self.affine:
             return found
         return found * self.weight[:, None, None] + self.bias[:, None, None]

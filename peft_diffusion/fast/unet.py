@@ -240,10 +240,7 @@ class FusedNorm(RegionalNorm):
         Returns:
             What is computed, and ``x``.
         """
-        layout = regions.present()
-        if layout is None or layout.norm_groups == 1:  # first, as the shift is added by the kernel
-            return frozen_ops.group_norm(x, self, shift, silu)
-        y = self.by_region(x if shift is None else x + shift[:, :, None, None])
+        y = self.by_region(x, shift)
         if y is None:
             return frozen_ops.group_norm(x, self, shift, silu)
         y = y.contiguous(memory_format=torch.channels_last)

@@ -331,7 +331,7 @@ class Regional:
     @property
     def count(self) -> int:
         """Regions of a picture, with what is in none."""
-        return 1 + max(len(division.parts) for division in self.divisions)
+        return len(self.groups[0])
 
     def masks(self, width: int, height: int) -> Tensor:
         """Make the masks of all pictures.
