@@ -238,14 +238,15 @@ class Layout:
         each = each.unflatten(1, (norm.num_groups, -1)).flatten(3)
         # Of what lies at one position first: squares of means that lie far apart would drown a small variance. And sums
         # in place of products of matrices, which autocast and TF32 would round.
-        varied, middle = torch.var_mean(each, 2, correction=0)  # (batch, groups of channels, positions)
+        middle = each.mean(2)  # (batch, groups of channels, positions)
+        varied = (each - middle[:, :, None]).square_().mean(2)
         mean = (middle[:, :, None] * shares).sum(3, keepdim=True)
         off = (middle[:, :, None] - mean).square() + varied[:, :, None]
         scale = (off * shares).sum(3, keepdim=True).add(norm.eps).rsqrt()
         factor, less = (scale * masks).sum(2), (mean * scale * masks).sum(2)
-        found: Tensor = (each * factor[:, :, None] - less[:, :, None]).unflatten(3, size).flatten(1, 2)
+        found: Tensor = (each * factor[:, :, None]).sub_(less[:, :, None]).unflatten(3, size).flatten(1, 2)
         if norm.affine and not plain:
-            found = found * norm.weight[:, None, None] + norm.bias[:, None, None]
+            found.mul_(norm.weight[:, None, None]).add_(norm.bias[:, None, None])
         return found.to(x.dtype)
 
     def by_region(self, told: Tensor) -> Tensor:
