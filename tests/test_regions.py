@@ -20,6 +20,7 @@ from test_batching import numbers
 from test_fast_generation import CUDA
 from test_fast_generation import carry as fast_carry
 from test_formats import write_adapter
+from test_registry import write_words
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,7 @@ from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.generation.telling import Telling
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.prompt import SoftPrompt
 
 
 def halves(height: int, width: int, pictures: int = 1) -> Tensor:
@@ -530,6 +532,10 @@ def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(
     for prompt in ("a red cat a red dog", "a [red:blue:0.5] cat <hypernet:x:1> a red dog"):
         found = concepts_of(adapters, Cell(prompt, 0, {"ink": 1.0, "flat": 1.0}), telling)
         assert [(one.name, one.tokens) for one in found] == [("ink", (2,)), ("flat", (5, 6))]
+    adapters.load(write_words(tmp_path / "soft.safetensors", SoftPrompt(3, "red")), name="soft")
+    for strength in (1.0, 0.0):  # whatever the picture before had
+        found = concepts_of(adapters, Cell("a red cat a red dog", 0, {"ink": 1.0, "flat": 1.0, "soft": strength}), telling)
+        assert [one.tokens for one in found] == ([(5,), (8, 9)] if strength else [(2,), (5, 6)])
 
 
 @pytest.mark.slow
