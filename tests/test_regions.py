@@ -547,8 +547,12 @@ def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Pat
         generate(config, pipe=tiny_pipe)
     attention.processor = processor
     tiny_pipe.unet = torch.compile(plain)
-    with pytest.raises(UserError, match=r"a network that torch\.compile compiled knows no regions"):
+    compiled = r"a network that torch\.compile compiled knows no regions"
+    with pytest.raises(UserError, match=compiled):
         generate(config, pipe=tiny_pipe)
+    plain.mid_block.compile()
+    with pytest.raises(UserError, match=compiled), regional_attention.attending([plain]):
+        pass
     with pytest.raises(UserError, match="--compose switch has no place"):
         replace(config, compose="switch")
     request = Request("a dog", sampling=Sampling(compose="composite"), regions=[Region(box=(0, 0, 1, 1))])
@@ -670,10 +674,14 @@ def test_subjects_are_kept_apart_by_default_and_what_only_prompts_say_is_not() -
 
 def test_norms_that_are_computed_otherwise_are_refused() -> None:
     network = nn.Sequential(nn.GroupNorm(2, 6))
-    regional_attention.refuse_unknown_norms([network])
+    with regional_attention.attending([network], norms_apart=True):
+        pass
     network[0].forward = network[0].forward  # as hooks that move weights from call to call do
-    with pytest.raises(UserError, match="the norm 0 is moved from call to call"):
-        regional_attention.refuse_unknown_norms([network])
+    moved = pytest.raises(UserError, match="the norm 0 is moved from call to call")
+    with moved, regional_attention.attending([network], norms_apart=True):
+        pass
+    with regional_attention.attending([network]):  # where all regions are normalized together
+        pass
 
 
 def test_a_copy_made_while_regions_are_drawn_holds_plain_norms_and_attention() -> None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline, computes_on, guides, uncompiled
-from ..bases.regional_attention import attending, refuse_unknown_norms
+from ..bases.regional_attention import COMPILED, attending
 from ..core import regions
 from ..core.errors import UserError
 from ..core.parsing import refusing
@@ -281,11 +281,6 @@ def columns(cells: "Sequence[Cell]") -> "list[Cell]":
     return found
 
 
-def _is_compiled(network: nn.Module) -> bool:
-    """Whether a network or a block of it is compiled: what is compiled knows nothing of a thread's regions."""
-    return any(one._compiled_call_impl is not None or uncompiled(one) is not one for one in network.modules())
-
-
 @dataclass(frozen=True)
 class Regional:
     """A batch of pictures with regions.
@@ -379,14 +374,11 @@ class Regional:
         """
         denoiser = denoiser_of(pipe)
         network = denoiser.network
-        wrapped = any(uncompiled(part) is network and part is not network for part in pipe.components.values())
-        if wrapped or any(_is_compiled(one) for one in (network, *beside)):
-            raise UserError("a network that torch.compile compiled knows no regions; draw them with the plain one")
+        if any(uncompiled(part) is network and part is not network for part in pipe.components.values()):
+            raise UserError(COMPILED)  # what is compiled knows nothing of a thread's regions
         latents = height // denoiser.factor, width // denoiser.factor
         masks = self.masks(width, height).to(computes_on(pipe))
         layout = regions.Layout(masks, latents, [network, *beside], self.groups)
-        if layout.norm_groups > 1:
-            refuse_unknown_norms(layout.networks)
 
         @contextmanager
         def changing() -> Iterator[None]:
@@ -404,7 +396,8 @@ class Regional:
         # Before the hooks that call the networks beside it.
         handle = network.register_forward_pre_hook(isolate, with_kwargs=True, prepend=True)
         try:
-            with attending(layout.networks, changing), regions.using(layout):
+            apart = layout.norm_groups > 1
+            with attending(layout.networks, changing, norms_apart=apart), regions.using(layout):
                 yield
         finally:
             handle.remove()
