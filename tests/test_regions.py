@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -648,6 +650,28 @@ def test_an_adapter_of_a_norm_reads_what_is_normalized_by_region(method: str) ->
     strengths.write({"ink": 0.7})
     alone = torch.cat([network(half) for half in x.split(5, 3)], 3)
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_computes_keeps_no_other_from_regions() -> None:
+    waits, done = threading.Event(), threading.Event()
+
+    @contextmanager
+    def computing() -> Iterator[None]:  # as the engine of a network that another thread computes with
+        waits.set()
+        assert done.wait(20)
+        yield
+
+    def draw() -> None:
+        with regional_attention.attending([nn.ModuleList([nn.GroupNorm(2, 6)])], computing):
+            pass
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        assert waits.wait(20) and not regional_attention._lock.locked()
+    finally:
+        done.set()
+        other.join()
 
 
 def test_threads_that_draw_with_regions_leave_norms_as_they_were() -> None:

@@ -23,7 +23,9 @@ from ..core.parsing import refusing
 from ..core.strength_schedule import ByPart
 from ..fast import drawing
 from .region_settings import FEATHER, ISOLATED_SUBJECTS, Region
+from .settings import Tile
 from .source import opened
+from .tiling import DIMENSIONS
 
 if TYPE_CHECKING:
     from .sampler import Cell
@@ -155,7 +157,7 @@ class DrawnRegion:
     strengths: Mapping[str, float | ByPart] = field(default_factory=dict)
 
 
-def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather: float) -> Tensor:
+def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather: float, tile: Tile | None = None) -> Tensor:
     """Make the masks of the regions of a picture; where several overlap, they share.
 
     Args:
@@ -163,6 +165,7 @@ def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather
         width: In pixels.
         height: In pixels.
         feather: How wide edges are, as a share of the shorter side.
+        tile: Which edges of the picture meet, where regions have edges too.
 
     Returns:
         (1 + regions, height, width): first what is in no region. At each pixel they sum to 1.
@@ -173,7 +176,9 @@ def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather
     masks = torch.cat([(1 - total).clamp(min=0)[None], own / total.clamp(min=1)])
     radius = round(feather * min(width, height) / 2)
     if radius:
-        padded = F.pad(masks[None], [radius] * 4, mode="replicate")
+        padded, sides = masks[None], {3: (radius, radius, 0, 0), 2: (0, 0, radius, radius)}
+        for dimension, beyond in sides.items():
+            padded = F.pad(padded, beyond, mode="circular" if dimension in DIMENSIONS[tile] else "replicate")
         masks = F.avg_pool2d(padded, 2 * radius + 1, stride=1)[0]
     return masks
 
@@ -289,18 +294,21 @@ class Regional:
         divisions: How each is divided.
         isolations: How long the regions of each do not attend to each other, as `Division.isolated`.
         groups: Of each, which regions are normalized together.
+        tile: Which edges of the pictures meet.
     """
 
     divisions: tuple[Division, ...]
     isolations: tuple[float, ...]
     groups: tuple[tuple[int, ...], ...]
+    tile: Tile | None = None
 
     @classmethod
-    def of(cls, cells: "Sequence[Cell]") -> "Regional | None":
+    def of(cls, cells: "Sequence[Cell]", tile: Tile | None = None) -> "Regional | None":
         """Lay out pictures.
 
         Args:
             cells: The pictures.
+            tile: Which edges of them meet.
 
         Returns:
             The batch; None where no picture has regions.
@@ -311,7 +319,7 @@ class Regional:
         count = 1 + max(len(division.parts) for division in divisions)
         each = [(one, cell.strengths or {}) for one, cell in zip(divisions, cells, strict=True)]
         isolations = tuple(one.isolated(whole) for one, whole in each)
-        return cls(tuple(divisions), isolations, tuple(tuple(one.groups(whole, count)) for one, whole in each))
+        return cls(tuple(divisions), isolations, tuple(tuple(one.groups(whole, count)) for one, whole in each), tile)
 
     @property
     def count(self) -> int:
@@ -330,7 +338,7 @@ class Regional:
         """
         found = torch.zeros(len(self.divisions), self.count, height, width)
         for number, one in enumerate(self.divisions):
-            own = picture_masks(one.parts, width, height, one.feather)
+            own = picture_masks(one.parts, width, height, one.feather, self.tile)
             found[number, : len(own)] = own
         return found
 
