@@ -21,13 +21,11 @@ _DIGITS = 2  # of a share
 
 
 class Losses(Protocol):
-    """What adapters lose on real pictures.
+    """What adapters lose on real pictures."""
 
-    Attributes:
-        prompts: By the name of each adapter, captions of its pictures, which call it.
-    """
-
-    prompts: Mapping[str, Sequence[str]]
+    @property
+    def prompts(self) -> Mapping[str, Sequence[str]]:
+        """By the name of each adapter, captions of its pictures, which call it."""
 
     def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
         """Measure how well an adapter's own pictures are denoised.
@@ -108,7 +106,7 @@ def _least(costs: Mapping[tuple[float, ...], float]) -> tuple[float, ...]:
     fitted = torch.linalg.lstsq(torch.stack(columns, 1), values[:, None], driver="gelsd").solution.flatten()
     slopes, bends = fitted[1 : 1 + count], fitted[1 + count : 1 + 2 * count]
     products = dict(zip(pairs, fitted[1 + 2 * count :].tolist(), strict=True))
-    shares = list(min(costs, key=lambda mix: costs[mix]))
+    shares = list(min(costs.items(), key=lambda one: one[1])[0])
     for _ in range(_SWEEPS):
         for place in range(count):
             slope = float(slopes[place]) + sum(
