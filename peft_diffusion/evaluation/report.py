@@ -51,6 +51,7 @@ def page(found: Evaluation, sheets: Mapping[str, Image.Image], config: EvaluateC
                 (one, headings(one), rows(one), drawn(one), inlined(sheets[one.name], _SIDE)) for one in found.alone
             ],
             "matrices": matrices(found),
+            "together": [one.words() for one in found.together],
             "names": [one.name for one in found.alone],
             "measures": {name: one for name, one in MEASURES.items() if any(name in own.values for own in found.alone)},
             "level": f"{LEVEL:.0%}",
