@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
 from diffusers import ControlNetModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from making import make_adapter
 from PIL import Image
 from taped import tape
@@ -36,7 +37,7 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.asked import order
 from peft_diffusion.generation.automatic_regions import concepts_of
 from peft_diffusion.generation.recipe import write as write_recipe
-from peft_diffusion.generation.regions import Area, Division, DrawnRegion, parse_area, picture_masks
+from peft_diffusion.generation.regions import Area, Division, DrawnRegion, Regional, parse_area, picture_masks
 from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.generation.telling import Telling
@@ -172,16 +173,41 @@ def test_prompts_of_regions_are_read_apart_and_mixed_by_the_masks() -> None:
 def test_isolated_regions_attend_to_themselves_alone() -> None:
     network: Any = make_pipe().unet
     attention: Any = network.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    layout, x = Layout(halves(8, 8), (8, 8)), torch.randn(2, 64, 32)
+    layout, x = Layout(halves(8, 8, 2), (8, 8)), torch.randn(4, 64, 32)  # two pictures, each twice
     with regional_attention.attending([network]), regions.using(layout):
         together = attention(x)
-        layout.isolated = True
+        layout.isolated = (True, False)
         apart = attention(x)
     assert torch.equal(together, attention(x))
     for r in range(2):
         inside = layout.on_tokens(64)[0, :, r] == 1
-        assert (apart[:, inside] - attention(x[:, inside])).abs().max() < 1e-5
-    assert (apart - together).abs().max() > 1e-3
+        assert (apart[::2, inside] - attention(x[::2, inside])).abs().max() < 1e-5
+    assert (apart - together)[::2].abs().max() > 1e-3
+    assert (apart - together)[1::2].abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_each_picture_of_a_batch_is_isolated_as_long_as_by_itself_and_networks_beside_know_it() -> None:
+    pipe: Any = make_pipe()
+    half = DrawnRegion(Area((0.0, 0.0, 0.5, 1.0)), "a cat", {"ink": 1.0})
+    isolations = (None, 0.0, 1.0, None)
+    cells = [Cell("a dog", 0, {}, None, Division((half,), isolation=one)) for one in isolations]
+    cells[3] = replace(cells[3], strengths={"ink": 1.0})  # as in its region
+    regional = Regional.of([*cells, Cell("a dog", 0, {})])
+    assert regional is not None and regional.isolations == (0.3, 0.0, 1.0, 0.0, 0.0)
+    seen: list[tuple[bool, ...]] = []
+
+    def beside(*_: object) -> None:  # as a hook does that calls a ControlNet
+        layout = regions.present()
+        assert layout is not None
+        seen.append(layout.isolated)
+
+    handle = pipe.unet.register_forward_pre_hook(beside)
+    with regional.drawn(pipe, 64, 64):
+        for timestep in (701, 699):
+            pipe.unet(torch.randn(5, 4, 8, 8), timestep, torch.randn(5, 4, 32))
+    handle.remove()
+    assert seen == [(True, False, True, False, False), (False, False, True, False, False)]
 
 
 HOW = Sampling(steps=3, guidance=4.0, width=64, height=64)
@@ -579,6 +605,26 @@ def test_regions_are_normalized_each_by_itself_where_their_adapters_differ() -> 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_norms_by_region_are_as_exact_as_those_of_a_half_and_of_their_dtype(dtype: torch.dtype, mixed: bool) -> None:
+    norm = nn.GroupNorm(2, 6)
+    norm.weight.data.normal_()
+    left, right = 50 + 0.1 * torch.randn(2, 6, 8, 5), torch.randn(2, 6, 8, 5) - 50  # far apart, and one of them flat
+    left, right = left.to(dtype), right.to(dtype)
+    layout = Layout(halves(8, 10, pictures=2), (8, 10), [norm], [[0, 1], [0, 1]])
+    own = norm.float() if mixed else norm.to(dtype)
+    with regional_attention.attending([own]), regions.using(layout), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found = own(torch.cat([left, right], 3))
+    exact = nn.GroupNorm(2, 6, dtype=torch.float64)
+    exact.load_state_dict(norm.state_dict())
+    apart = torch.cat([exact(half.double()) for half in (left, right)], 3)
+    assert found.dtype == dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), apart, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", ["bitfit", "full"])
 def test_an_adapter_of_a_norm_reads_what_is_normalized_by_region(method: str) -> None:
     network = nn.Sequential(nn.GroupNorm(2, 6))
@@ -605,15 +651,15 @@ def test_threads_that_draw_with_regions_leave_norms_as_they_were() -> None:
 
 def test_subjects_are_kept_apart_by_default_and_what_only_prompts_say_is_not() -> None:
     left, right = Area((0, 0, 0.5, 1)), Area((0.5, 0, 1, 1))
-    worded = Division.of([DrawnRegion(left, "a cat"), DrawnRegion(right, "a dog")], 0.1, None)
-    assert (worded.isolation, worded.groups({"ink": 1.0}, 4)) == (0.0, [0, 0, 0, 0])
+    worded = Division((DrawnRegion(left, "a cat"), DrawnRegion(right, "a dog")))
+    assert (worded.isolated({"ink": 1.0}), worded.groups({"ink": 1.0}, 4)) == (0.0, [0, 0, 0, 0])
     subjects = [DrawnRegion(left, "a cat", {"ink": 1.0}), DrawnRegion(right, "a dog", {"flat": 1.0}), DrawnRegion(left)]
-    divided = Division.of([*subjects, DrawnRegion(right, None, {"ink": 1.0})], 0.1, None)
-    assert (divided.isolation, divided.groups({}, 6)) == (0.3, [0, 1, 2, 0, 1, 0])
-    assert Division.of(subjects, 0.1, 0.0).isolation == 0.0
-    same = [DrawnRegion(left, "a cat", {"ink": ByPart(0.8), "flat": 0.0})]
-    assert Division.of(same, 0.1, None, {"ink": 0.8}).isolation == 0.0
-    assert Division.of(same, 0.1, None, {"ink": 0.7}).isolation == 0.3
+    divided = Division((*subjects, DrawnRegion(right, None, {"ink": 1.0})))
+    assert (divided.isolated({}), divided.groups({}, 6)) == (0.3, [0, 1, 2, 0, 1, 0])
+    assert Division(tuple(subjects), isolation=0.0).isolated({}) == 0.0
+    same = Division((DrawnRegion(left, "a cat", {"ink": ByPart(0.8), "flat": 0.0}),))
+    assert same.isolated({"ink": 0.8}) == 0.0
+    assert same.isolated({"ink": 0.7}) == 0.3
 
 
 def test_norms_that_are_computed_otherwise_are_refused() -> None:
@@ -624,11 +670,14 @@ def test_norms_that_are_computed_otherwise_are_refused() -> None:
         regional_attention.refuse_unknown_norms([network])
 
 
-def test_a_copy_made_while_regions_are_drawn_holds_plain_norms() -> None:
-    network = nn.ModuleList([nn.GroupNorm(2, 6)])
+def test_a_copy_made_while_regions_are_drawn_holds_plain_norms_and_attention() -> None:
+    network: Any = nn.ModuleList([nn.GroupNorm(2, 6), nn.Sequential(nn.GroupNorm(2, 6)), Attention(8)])
+    carry(network[1], "ink", METHODS["bitfit"](), "0", 3)
     with regional_attention.attending([network]):
         made = copy.deepcopy(network)
     assert type(made[0]) is nn.GroupNorm
+    assert type(made[1][0]) is type(network[1][0]) and site.base_class(made[1][0]) is nn.GroupNorm
+    assert type(made[2].processor) is type(network[2].processor) is AttnProcessor2_0
     assert torch.equal(made.get_parameter("0.weight"), network.get_parameter("0.weight"))
 
 
@@ -656,7 +705,7 @@ def test_recorded_steps_read_the_masks_where_they_lie(device: str, method: str, 
     }
     made: dict[Any, int] = {}
     apart = [[0, 1], [0, 0]]
-    for isolated, groups in ((False, None), (True, apart), (False, apart)):
+    for isolated, groups in (((False, False), None), ((True, False), apart), ((False, False), apart)):
         for number in range(3):  # other masks, and strengths, are read where the first were
             masks = torch.rand(2, 2, 64, 48, generator=chance).softmax(1).to(where)
             found = []

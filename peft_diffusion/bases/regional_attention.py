@@ -113,6 +113,10 @@ class RegionalAttention:
         self.plain = plain
         self.users = 0
 
+    def __reduce__(self) -> Any:
+        # A copy, or a file, that is made while pictures are drawn attends as without regions.
+        return _itself, (self.plain,)
+
     def __call__(
         self,
         attn: Any,
@@ -125,7 +129,7 @@ class RegionalAttention:
         if _watching.maps is not None and encoder_hidden_states is not None:
             _watching.maps.add(attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.heads)
         layout = regions.present()
-        if layout is None or (encoder_hidden_states is None and not layout.isolated):
+        if layout is None or (encoder_hidden_states is None and not any(layout.isolated)):
             result: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return result
         if attention_mask is not None:
@@ -141,6 +145,10 @@ class RegionalAttention:
         for part in attn.to_out:
             found = part(found)
         return found
+
+
+def _itself(processor: Any) -> Any:
+    return processor
 
 
 def unwrapped(processor: Any) -> Any:
@@ -288,7 +296,7 @@ def attending(
     Raises:
         UserError: They attend in a way that knows no regions.
     """
-    with _lock, changing():  # in which no norm is fused with what follows it
+    with changing(), _lock:  # in which no norm is fused with what follows it
         modules = [one for network in networks for one in network.modules()]
         attentions: list[Any] = [one for one in modules if isinstance(one, Attention)]
         norms = [one for one in modules if usual_class(one)[0] is nn.GroupNorm]
@@ -305,7 +313,7 @@ def attending(
     try:
         yield
     finally:
-        with _lock, changing():
+        with changing(), _lock:
             for attention in attentions:
                 attention.processor.users -= 1
                 if not attention.processor.users:

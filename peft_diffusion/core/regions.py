@@ -34,7 +34,7 @@ class Layout:
     Attributes:
         count: Regions of a picture.
         pictures: Pictures of the batch.
-        isolated: Whether each region attends to itself alone.
+        isolated: Of each picture, whether its regions attend to themselves alone.
         norm_groups: How many groups of regions are normalized each by itself; 1 where all are together, as without regions.
         shown: The numbers of those regions that any picture has.
     """
@@ -49,7 +49,7 @@ class Layout:
         self.masks = masks.float()
         self.networks = tuple(networks)
         self.pictures, self.count = masks.shape[:2]
-        self.isolated = False
+        self.isolated = (False,) * self.pictures
         there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
         self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
         self._reads_text = False
@@ -66,7 +66,9 @@ class Layout:
         for count, shares in self._tokens.items():
             self._scores[count] = shares.log().clamp(min=_NOTHING).transpose(1, 2).contiguous()
         self.areas = self.masks.mean((2, 3))
-        self._normed = {size: self._grouped(own) for size, own in self._maps.items()} if self.norm_groups > 1 else {}
+        by_group = self.norm_groups > 1
+        self._normed = {size: self._grouped(own).flatten(2) for size, own in self._maps.items()} if by_group else {}
+        self._weights = {size: _weighed(own) for size, own in self._normed.items()}
 
     def _grouped(self, masks: Tensor) -> Tensor:
         """What groups cover of a map, (pictures, groups, height, width), of what regions do."""
@@ -81,10 +83,10 @@ class Layout:
         return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown, self._groups)
 
     def _tensors(self) -> list[Tensor]:
-        maps = (self._maps, self._tokens, self._scores, self._normed)
+        maps = (self._maps, self._tokens, self._scores, self._normed, self._weights)
         return [self.masks, self.areas, *(one for own in maps for one in own.values())]
 
-    def apart(self) -> "Layout":
+    def copied(self) -> "Layout":
         """Make a layout of the same masks, which lie elsewhere.
 
         Returns:
@@ -146,19 +148,24 @@ class Layout:
         return found
 
     def scores(self, positions: int) -> Tensor:
-        """Give the logarithms of the masks, which added to scores of attention weigh what it reads.
+        """Give what is added to scores of attention: the logarithms of the masks, by which it weighs what it reads.
 
         Args:
             positions: How many there are.
 
         Returns:
-            (pictures, regions, positions), float32.
+            (pictures, regions, positions), float32; 0 of pictures whose regions attend to all of them.
 
         Raises:
             UserError: As `on_tokens`.
         """
         self.on_tokens(positions)
-        return self._scores[positions]
+        found = self._scores[positions]
+        if all(self.isolated):
+            return found
+        return torch.stack(
+            [one if alone else torch.zeros_like(one) for one, alone in zip(found, self.isolated, strict=True)]
+        )
 
     def on_map(self, height: int, width: int) -> Tensor:
         """Give the masks at the resolution of a map.
@@ -203,7 +210,7 @@ class Layout:
             found = torch.einsum("pr,prk->pk", self.areas, each)
         return found.repeat(self.repeats(len(y)), *[1] * (found.ndim - 1)).to(y.dtype)
 
-    def normalized(self, x: Tensor, parts: int, eps: float) -> Tensor:
+    def normalized(self, x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, *, plain: bool = False) -> Tensor:
         """Normalize a map, each group of regions by the mean and variance of its own positions, mixed by their masks.
 
         Adapters of subjects change the statistics of a picture: where one half is flat and dark, the other would be
@@ -211,8 +218,9 @@ class Layout:
 
         Args:
             x: (batch, channels, height, width).
-            parts: Into how many the channels are divided, each with a mean and a variance.
-            eps: Added to variances.
+            norm: How: its groups of channels, each with a mean and a variance, and its weight and bias.
+            shift: Added to ``x`` first, (batch, channels).
+            plain: Whether weight and bias are left out.
 
         Returns:
             Of the shape and dtype of ``x``.
@@ -220,19 +228,25 @@ class Layout:
         Raises:
             UserError: As `repeats`.
         """
-        size = x.shape[2], x.shape[3]
-        masks = self._normed[size] if size in self._normed else self._grouped(self.on_map(*size))
-        masks = masks.repeat(self.repeats(len(x)), 1, 1, 1)
-        masks = masks.flatten(2).to(torch.promote_types(x.dtype, torch.float32))  # (batch, groups of regions, positions)
-        each = x.to(masks.dtype).unflatten(1, (parts, -1)).flatten(3)  # (batch, parts, channels of one, positions)
-        each = each - each.mean((2, 3), keepdim=True)  # so that squares are not great beside the variance
-        shares = masks / (masks.sum(2, keepdim=True).clamp(min=_LEAST) * each.shape[2])
-        mean, square = (one.sum(2) @ shares.transpose(1, 2) for one in (each, each.square()))
-        scale = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
-        factor, less = scale @ masks, (mean * scale) @ masks
-        found = each * factor[:, :, None] - less[:, :, None]
-        mixed: Tensor = found.unflatten(3, size).flatten(1, 2)
-        return mixed.to(x.dtype)
+        repeats, size = self.repeats(len(x)), (x.shape[2], x.shape[3])
+        known = size in self._normed
+        masks = self._normed[size] if known else self._grouped(self.on_map(*size)).flatten(2)
+        shares = (self._weights[size] if known else _weighed(masks)).repeat(repeats, 1, 1)[:, None]
+        masks = masks.repeat(repeats, 1, 1)[:, None]  # (batch, 1, groups of regions, positions)
+        each = x.to(torch.promote_types(x.dtype, torch.float32))
+        each = each if shift is None else each + shift[:, :, None, None]
+        each = each.unflatten(1, (norm.num_groups, -1)).flatten(3)
+        # Of what lies at one position first: squares of means that lie far apart would drown a small variance. And sums
+        # in place of products of matrices, which autocast and TF32 would round.
+        varied, middle = torch.var_mean(each, 2, correction=0)  # (batch, groups of channels, positions)
+        mean = (middle[:, :, None] * shares).sum(3, keepdim=True)
+        off = (middle[:, :, None] - mean).square() + varied[:, :, None]
+        scale = (off * shares).sum(3, keepdim=True).add(norm.eps).rsqrt()
+        factor, less = (scale * masks).sum(2), (mean * scale * masks).sum(2)
+        found: Tensor = (each * factor[:, :, None] - less[:, :, None]).unflatten(3, size).flatten(1, 2)
+        if norm.affine and not plain:
+            found = found * norm.weight[:, None, None] + norm.bias[:, None, None]
+        return found.to(x.dtype)
 
     def by_region(self, told: Tensor) -> Tensor:
         """Part what attention is told into rows, one for each region.
@@ -259,6 +273,11 @@ class Layout:
             self._reads_text = False
 
 
+def _weighed(masks: Tensor) -> Tensor:
+    """How much each position counts in a mean over what masks cover, (pictures, groups, positions)."""
+    return masks / masks.sum(2, keepdim=True).clamp(min=_LEAST)
+
+
 class RegionalNorm(nn.GroupNorm):
     """A group norm that normalizes regions each by itself, in a thread that draws pictures in which they are apart."""
 
@@ -281,10 +300,7 @@ class RegionalNorm(nn.GroupNorm):
         layout = None if torch.compiler.is_compiling() else _present.layout
         if layout is None or layout.norm_groups == 1 or x.ndim != 4:
             return None
-        found = layout.normalized(x if shift is None else x + shift[:, :, None, None], self.num_groups, self.eps)
-        if plain or not self.affine:
-            return found
-        return found * self.weight[:, None, None] + self.bias[:, None, None]
+        return layout.normalized(x, self, shift, plain=plain)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy, or a file, that is made while pictures are drawn holds the norm as it is without regions.

@@ -18,6 +18,7 @@ from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
+from .regions import RegionalNorm
 from .slab import LivePair, Wanted
 from .slot import SLOT, Packed, Slot, slot_of, state_of, walk
 from .strength import Strengths
@@ -49,7 +50,9 @@ class AdaptedSite(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy make it again from the one that it came from.
-        return _remade, (base_class(self),), self.__getstate__()  # type: ignore[no-untyped-call]
+        # While pictures with regions are drawn, a norm is by region, which its copy is not to stay.
+        cls = nn.GroupNorm if issubclass(base_class(self), RegionalNorm) else base_class(self)
+        return _remade, (cls,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @functools.cache

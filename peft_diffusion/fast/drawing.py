@@ -360,7 +360,7 @@ class Engine:
             return None
         held = self._layouts.get(layout.signature)
         if held is None:
-            held = self._layouts[layout.signature] = _Held(layout.apart(), layout)
+            held = self._layouts[layout.signature] = _Held(layout.copied(), layout)
         if held.source is not layout:
             held.layout.take(layout)
             held.source = layout

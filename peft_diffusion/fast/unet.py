@@ -409,7 +409,7 @@ class FusedAttention:
             known = None if operands is None else operands.knows(attn, encoder_hidden_states)
             query, (key, value) = attn.to_q(hidden_states), known or told(attn, encoder_hidden_states, layout)
         with sdpa_kernel(self.backends, set_priority=True) if self.backends else nullcontext():
-            if layout is None or (encoder_hidden_states is None and not layout.isolated):
+            if layout is None or (encoder_hidden_states is None and not any(layout.isolated)):
                 found = self._attended(query, key, value, attn.heads)
             elif encoder_hidden_states is None:
                 found = within(query, key, value, attn.heads, layout)

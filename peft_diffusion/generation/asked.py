@@ -211,7 +211,7 @@ class Order:
             parts.append(DrawnRegion(parse_area(said.area), said.prompt, own))
         how = one.config
         whole = scaled(self.strengths(one, names, base))
-        division = Division.of(parts, how.region_feather, how.region_isolation, whole) if parts else None
+        division = Division(tuple(parts), how.region_feather, how.region_isolation) if parts else None
         return Cell(one.prompt, one.seed, whole, one.negative, division)
 
 

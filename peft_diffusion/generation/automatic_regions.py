@@ -206,5 +206,4 @@ def _division(
     for number, one in enumerate(concepts):
         off: dict[str, float | ByPart] = {other.name: 0.0 for other in concepts if other is not one}
         parts.append(DrawnRegion(areas[number], prompts[number], off))
-    on: dict[str, float | ByPart] = dict.fromkeys((one.name for one in concepts), 1.0)
-    return Division.of(parts, config.region_feather, config.region_isolation, on)
+    return Division(tuple(parts), config.region_feather, config.region_isolation)

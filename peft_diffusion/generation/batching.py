@@ -67,7 +67,7 @@ class Request:
         strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
         negative = self.sampling.negative if self.negative is None else self.negative
         parts = tuple(DrawnRegion(Area.of(one), one.prompt, _all_named(one.adapter)) for one in self.regions)
-        division = Division.of(parts, self.region_feather, self.region_isolation, strengths) if parts else None
+        division = Division(parts, self.region_feather, self.region_isolation) if parts else None
         return Cell(self.prompt, self.seed, strengths, negative, division)
 
 
@@ -119,10 +119,7 @@ def grouped(adapters: "Adapters", cells: Sequence[Cell], samplings: Sequence[S],
         used = [adapters[name].spec for name, amount in cell.amounts.items() if amount != 0]
         of_noise = any(spec.training.get("zero_terminal_snr") for spec in used)
         letters = frozenset(one for one in triggers(adapters, [cell]) if not is_plain(one, sampling.prompt_weights))
-        isolation = None if cell.division is None else cell.division.isolation
-        alike.setdefault((replace(manner(sampling), batch_size=1, adapter=()), of_noise, letters, isolation), []).append(
-            number
-        )
+        alike.setdefault((replace(manner(sampling), batch_size=1, adapter=()), of_noise, letters), []).append(number)
     keyed: dict[tuple[Any, ...], list[int]] = {}
     for same, numbers in alike.items():
         for number, length in zip(numbers, _lengths(adapters, [cells[one] for one in numbers], same[0]), strict=True):
@@ -150,7 +147,7 @@ def _differences(keys: Sequence[tuple[Any, ...]]) -> str:
     """What groups differ in."""
     manners = [key[0] for key in keys]
     names = [one.name for one in fields(manners[0]) if len({getattr(manner, one.name) for manner in manners}) > 1]
-    others = ("noise at the beginning", "words with brackets that call adapters", "regions", "length of prompts")
+    others = ("noise at the beginning", "words with brackets that call adapters", "length of prompts")
     more = [what for number, what in enumerate(others, 1) if len({key[number] for key in keys}) > 1]
     return ", ".join([*names, *more])
 

@@ -533,7 +533,8 @@ def _own(adapters: Adapters, cell: Cell, written: str, sampling: Sampling) -> di
     strengths, division = cell.strengths or {}, cell.division
     found |= {"adapters": _used(adapters, strengths), "plugins": _plugins(adapters, strengths)}
     if division is not None:
-        found |= {"divided": _divided(cell), "region_feather": division.feather, "region_isolation": division.isolation}
+        found |= {"divided": _divided(cell), "region_feather": division.feather}
+        found["region_isolation"] = division.isolated(strengths)
     return found
 
 

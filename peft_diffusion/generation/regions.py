@@ -185,36 +185,26 @@ class Division:
     Attributes:
         parts: The regions.
         feather: How wide their edges are, as a share of the shorter side.
-        isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other.
+        isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other; None for what
+            suits the strengths that adapters have, see `isolated`.
     """
 
     parts: tuple[DrawnRegion, ...]
     feather: float = FEATHER
-    isolation: float = 0.0
+    isolation: float | None = None
 
-    @classmethod
-    def of(
-        cls,
-        parts: Sequence[DrawnRegion],
-        feather: float,
-        isolation: float | None,
-        whole: Mapping[str, float | ByPart] | None = None,
-    ) -> "Division":
-        """Divide a picture.
+    def isolated(self, whole: Mapping[str, float | ByPart]) -> float:
+        """Tell how long regions do not attend to each other.
 
         Args:
-            parts: The regions.
-            feather: As `feather`.
-            isolation: As `isolation`; None for what suits the regions.
             whole: The strengths of adapters in the whole picture.
 
         Returns:
-            How it is divided.
+            The share of the noise levels, from the noisiest.
         """
-        found = cls(tuple(parts), feather, isolation or 0.0)
-        if isolation is None and any(found.groups(whole or {}, 1 + len(parts))):  # what prompts alone say goes together
-            return replace(found, isolation=ISOLATED_SUBJECTS)
-        return found
+        if self.isolation is None:  # what prompts alone say goes together
+            return ISOLATED_SUBJECTS if any(self.groups(whole, 1 + len(self.parts))) else 0.0
+        return self.isolation
 
     def groups(self, whole: Mapping[str, float | ByPart], count: int) -> list[int]:
         """Say which regions are normalized together: those in which adapters have the same strengths.
@@ -302,12 +292,12 @@ class Regional:
 
     Attributes:
         divisions: How each is divided.
-        isolation: That of all.
+        isolations: How long the regions of each do not attend to each other, as `Division.isolated`.
         groups: Of each, which regions are normalized together.
     """
 
     divisions: tuple[Division, ...]
-    isolation: float
+    isolations: tuple[float, ...]
     groups: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -320,13 +310,13 @@ class Regional:
         Returns:
             The batch; None where no picture has regions.
         """
-        found = {cell.division.isolation for cell in cells if cell.division is not None}
-        if not found:
+        if all(cell.division is None for cell in cells):
             return None
         divisions = [cell.division or Division(()) for cell in cells]
         count = 1 + max(len(division.parts) for division in divisions)
-        groups = [one.groups(cell.strengths or {}, count) for one, cell in zip(divisions, cells, strict=True)]
-        return cls(tuple(divisions), max(found), tuple(map(tuple, groups)))
+        each = [(one, cell.strengths or {}) for one, cell in zip(divisions, cells, strict=True)]
+        isolations = tuple(one.isolated(whole) for one, whole in each)
+        return cls(tuple(divisions), isolations, tuple(tuple(one.groups(whole, count)) for one, whole in each))
 
     @property
     def count(self) -> int:
@@ -401,17 +391,18 @@ class Regional:
         @contextmanager
         def changing() -> Iterator[None]:
             with ExitStack() as engines:
-                for one in layout.networks:
+                for one in sorted(layout.networks, key=id):  # in which no thread waits for one that waits for it
                     engines.enter_context(drawing.held(one))
                 yield
 
         def isolate(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if regions.present() is layout:
                 timestep = denoiser.read_call(args, kwargs).timestep
-                now = float(torch.as_tensor(timestep).flatten()[0]) if 0 < self.isolation < 1 else 0.0
-                layout.isolated = guides(pipe, now, self.isolation) if self.isolation < 1 else True
+                now = float(torch.as_tensor(timestep).flatten()[0]) if any(0 < one < 1 for one in self.isolations) else 0.0
+                layout.isolated = tuple(one == 1 or (one > 0 and guides(pipe, now, one)) for one in self.isolations)
 
-        handle = network.register_forward_pre_hook(isolate, with_kwargs=True)
+        # Before the hooks that call the networks beside it.
+        handle = network.register_forward_pre_hook(isolate, with_kwargs=True, prepend=True)
         try:
             with attending(layout.networks, changing), regions.using(layout):
                 yield
