@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.captioning import Captioned, caption
     from .evaluation.evaluate import evaluate
     from .evaluation.measured import Evaluation
+    from .evaluation.picture_losses import PictureLosses
     from .evaluation.settings import EvaluateConfig
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, ByPart, Schedule
@@ -79,6 +80,7 @@ __all__ = [
     "Made",
     "MergeConfig",
     "Picture",
+    "PictureLosses",
     "Queue",
     "Region",
     "RenameTriggerConfig",
@@ -153,6 +155,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Made": "tools.results",
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",
+            "PictureLosses": "evaluation.picture_losses",
             "Queue": "generation.joining",
             "RenameTriggerConfig": "tools.tool_settings",
             "Region": "generation.region_settings",

@@ -5,7 +5,7 @@ import functools
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,15 @@ def _two_levels() -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def base_of(component: str) -> Pipeline | LanguageModel:
-    """A small base with a component that a case may change; what it has besides is shared with others, and read alone."""
+def base_of(component: str, model: nn.Module | None = None) -> Pipeline | LanguageModel:
+    """A small base with a component that a case may change; what it has besides is shared with others, and read alone.
+
+    The component is ``model``, or a copy of the usual one.
+    """
     if component == "lm":
-        return make_lm()
+        return make_lm() if model is None else replace(make_lm(), lm=model)
     made = copy.copy(_made())
-    setattr(made, component, _copies(component).copy())
+    setattr(made, component, _copies(component).copy() if model is None else model)
     return made
 
 

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import forked
 import torch
+from copies import Copies
 
 from peft_diffusion import bases, formats
+from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.core import site
 from peft_diffusion.generation.adapters import StepWatch
 from peft_diffusion.methods.lora import Lora
@@ -20,7 +23,7 @@ TARGET = "attention+ff"
 
 def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = (), size: float = 2.0) -> Path:
     """A random LoRA of rank 4 on the UNet and the text encoder of a base folder, large enough to change pictures."""
-    pipe = bases.load_base(str(base), device="cpu")
+    pipe = _read(str(base)).copy()
     parts = {name: part for name, part in bases.components(pipe).items() if name in ("unet", "text_encoder")}
     state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -33,6 +36,11 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
     training = {"images": 48, "steps_done": 300, "held_out_loss": 0.125}
     formats.save(path, parts, "made", formats.Spec(methods, asdict(bases.describe(pipe)), triggers, training))
     return path
+
+
+@cache
+def _read(base: str) -> Copies[Pipeline]:
+    return Copies(partial(bases.load_base, base, device="cpu"))
 
 
 def step_watches(network: torch.nn.Module) -> list[StepWatch]:

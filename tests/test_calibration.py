@@ -1,6 +1,8 @@
 """Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
 
 import json
+import threading
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
+from peft_diffusion.core.errors import Interrupted
 from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.generation import overlap_drawing
 from peft_diffusion.generation.calibration import Calibration, Row, _least
+from peft_diffusion.generation.on_pictures import suggested_on_pictures
 from peft_diffusion.generation.overlap_files import write
 from peft_diffusion.generation.settings import Sampling
 
@@ -317,6 +321,62 @@ def test_suggested_strengths_leave_each_adapter_nearest_to_what_it_does_alone(ad
     assert found.excess < min(lost({"ink": 0.5, "flat": 0.5}), found.excess_whole, *near)
     with pytest.raises(UserError, match="there is no prompt that calls flat"):
         adapters.report({"ink": ["a cat"]})
+
+
+class _Bowl:
+    """Losses that are quadratic in strengths: 1 for each adapter alone, and least together at known shares."""
+
+    def __init__(self, least: Mapping[str, float], bends: Sequence[Sequence[float]], floor: float = 0.0) -> None:
+        self.least, self.bends, self.floor = least, bends, floor
+        self.prompts = {name: ["a cat"] for name in least}
+        self.asked = list[Mapping[str, float | ByPart]]()
+
+    def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
+        if list(amounts) in ([], [name]):
+            return 1.0 if amounts else 2.0  # the base loses twice as much
+        self.asked.append(amounts)
+        apart = [float(amounts[one]) / 0.5 - least for one, least in self.least.items()]  # type: ignore[arg-type]
+        far = sum(bend * a * b for a, row in zip(apart, self.bends, strict=True) for b, bend in zip(apart, row, strict=True))
+        return 1.0 + (self.floor + far) / len(self.least)
+
+
+@pytest.mark.parametrize(
+    "least, bends, wanted",
+    [
+        ((0.6, 0.9), ((1.0, 0.4), (0.4, 0.5)), (0.6, 0.9)),
+        ((1.5, 0.7), ((1.0, 0.0), (0.0, 1.0)), (1.0, 0.7)),  # no share is above 1
+        ((-1.0, 0.8), ((1.0, 0.0), (0.0, 1.0)), (0.0, 0.8)),  # nor below 0
+        ((0.3, 0.9, 0.62), ((2.0, 0.3, 0.1), (0.3, 1.0, 0.2), (0.1, 0.2, 1.0)), (0.3, 0.9, 0.62)),
+    ],
+)
+def test_strengths_by_pictures_are_where_their_losses_rise_least(
+    least: tuple[float, ...], bends: tuple[tuple[float, ...], ...], wanted: tuple[float, ...]
+) -> None:
+    names = "abc"[: len(least)]
+    losses = _Bowl(dict(zip(names, least, strict=True)), bends, floor=-0.2)  # they help each other where they are best
+    found = suggested_on_pictures(losses, dict.fromkeys(names, 0.5))
+    assert tuple(found.strengths.values()) == pytest.approx(wanted, abs=0.006)
+    several = (found.strengths.values(), [1.0] * len(names))
+    mixes = [{name: 0.5 * share for name, share in zip(names, shares, strict=True)} for shares in several]
+    best, whole = (sum((losses.loss(name, mix) - 1) / 2 for name in names) for mix in mixes)
+    assert found.excess == pytest.approx(best) and found.excess_whole == pytest.approx(whole)
+    assert losses.asked[0] == dict.fromkeys(names, 0.5) and len(losses.asked) <= 14 * len(names)
+
+
+def test_strengths_by_pictures_are_whole_where_nothing_else_is_better_and_stop() -> None:
+    """A loss that is no quadratic: it falls at whole strengths alone."""
+
+    class Cliff(_Bowl):
+        def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
+            return 1.0 if set(amounts.values()) == {0.5} else 2.0
+
+    losses = Cliff({"a": 1.0, "b": 1.0}, ())
+    found = suggested_on_pictures(losses, {"a": 0.5, "b": 0.5})
+    assert found.strengths == {"a": 1.0, "b": 1.0} and found.excess == found.excess_whole == 0.0
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted, match="stopped while strengths were looked for"):
+        suggested_on_pictures(losses, {"a": 0.5, "b": 0.5}, stop)
 
 
 def test_shares_are_least_inside_their_bounds() -> None:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
 
-from peft_diffusion import Adapters, UserError
+from peft_diffusion import Adapters, PictureLosses, UserError
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.cli.app import main
 from peft_diffusion.core.events import Event, Noted, Warned
@@ -358,11 +358,15 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert any("flat: what it was trained on is not known" in one for one in messages)
     plain = json.loads((config.output / "figures.json").read_text())
     assert plain["adapters"][0]["measures"]["loss"][1] == {"strength": 1.0, **ink.values["loss"][1.0].plain()}
+    (pair,) = found.together
+    assert list(pair.strengths) == ["ink", "flat"] and all(0 <= share <= 1 for share in pair.strengths.values())
+    assert plain["together"] == [pair.plain()] and pair.rise <= pair.rise_whole
     assert plain["interference"][1]["own"] == "flat" and plain["trust"]["styles"]["ink"]["count"] == 2
     assert Image.open(config.output / "ink.png").width > 128
     page = found.report.read_text()
     assert page.count("data:image/webp") == 2 and 'src="http' not in page
     assert "Distance to training pictures" in page and "flat on" in page
+    assert "Strengths at which two go together" in page and pair.words() in page
 
 
 @pytest.mark.slow
@@ -397,6 +401,45 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
     assert told is not None and told.mean == pytest.approx(wanted.mean, rel=1e-4)
     assert told.half == pytest.approx(wanted.half, rel=1e-3)
     assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_strengths_that_go_together_are_measured_by_the_losses_of_both(
+    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], ink: Path, flat: Path
+) -> None:
+    """By losses that are measured here: what the evaluation told, and what a report suggests of the same pictures."""
+    found, config, _ = evaluated
+    adapters = Adapters(load_base(config.base, device="cpu"))
+    for name, file in files.items():
+        adapters.load(file, name=name, strength=0.5)
+    bench = Bench(adapters, config.sampling(), ())
+    seen = {one.digest for one in scan(config.folders("trained")["ink"]).pictures}
+    galleries = {
+        "flat": read_gallery(flat, "flat", adapters.pipe),
+        "ink": read_gallery(ink, "ink", adapters.pipe, without=seen),
+    }
+    examples = {name: encoded(one, adapters.pipe) for name, one in galleries.items()}
+
+    def rise(amounts: dict[str, float]) -> float:
+        whole = 0.0
+        for name, own in examples.items():
+            both, alone, base = (sum(bench.losses(own, one)) for one in (amounts, {name: 1.0}, {}))
+            whole += (both - alone) / base
+        return whole
+
+    (pair,) = found.together
+    assert pair.rise_whole == pytest.approx(rise({"ink": 1.0, "flat": 1.0}), rel=1e-4, abs=1e-6)
+    assert pair.rise == pytest.approx(rise(dict(pair.strengths)), rel=1e-4, abs=1e-6)
+    adapters.set(ink=0.5, flat=0.5)
+    before = adapters._registry.states()["unet"].strengths.values.clone()
+    losses = PictureLosses.of(bench, galleries)
+    told = adapters.report(losses=losses, names=["ink", "flat"], sampling=config.sampling())
+    assert told.suggested == pair.strengths and told.excess == pytest.approx(pair.rise, rel=1e-4, abs=1e-6)
+    assert torch.equal(adapters._registry.states()["unet"].strengths.values, before)
+    with pytest.raises(UserError, match="no pictures of flat; name a folder"):
+        adapters.report(["a cat"], losses=PictureLosses.of(bench, {"ink": galleries["ink"]}), sampling=config.sampling())
+    with pytest.raises(UserError, match="pictures must be 1 or more"):
+        PictureLosses.read(adapters, {"ink": ink}, pictures=0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Law 9, and the other laws on quantized bases: every method that has a Linear to sit at, on nf4 and int8."""
 
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -13,6 +14,7 @@ import laws
 import pytest
 import torch
 from conftest import make_pipe
+from copies import Copies
 from language import make_lm, save_lm
 from laws import (  # noqa: F401
     Case,
@@ -76,10 +78,16 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, kind, dtype = request.param
     method, target = laws.METHODS[name]
     torch.manual_seed(0)
-    pipe = laws.base_of(component)
-    model = components(pipe)[component].to(laws.DTYPES[dtype])
-    quantized.quantize(model, kind)
+    model = _copies(component, kind, dtype).copy()
+    pipe = laws.base_of(component, model)
     yield Case(component, model, method, target, laws.DTYPES[dtype], pipe)
+
+
+@functools.cache
+def _copies(component: str, kind: str, dtype: str) -> Copies[nn.Module]:
+    model = components(laws.base_of(component))[component].to(laws.DTYPES[dtype])
+    quantized.quantize(model, kind)
+    return Copies(lambda: model)
 
 
 def linears(model: nn.Module) -> dict[str, quantized.QuantizedLinear]:

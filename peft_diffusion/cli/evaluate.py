@@ -53,6 +53,10 @@ def _tables(found: Evaluation) -> None:
     names = [one.name for one in found.alone]
     for title, explained, lines in report.matrices(found):
         _print(screen, f"{title}: {explained}", ["", *(f"{name} on" for name in names)], lines)
+    if found.together:
+        screen.print(Text(f"\n{report.TOGETHER}: {report.TOGETHER_EXPLAINED}", style="bold"), soft_wrap=True)
+    for pair in found.together:
+        screen.print(Text(f"  {pair.words()}"), soft_wrap=True)
 
 
 def _print(screen: "Screen", title: str, headings: list[str], rows: list[tuple[str, list[str]]]) -> None:

@@ -283,8 +283,12 @@ def needed() -> Any:
         UserError: It is not installed.
     """
     try:
-        with _quiet("bitsandbytes"):  # which misses faster kernels for a path that is not taken here
-            import bitsandbytes
+        if (
+            "bitsandbytes" not in sys.modules
+        ):  # this is asked for each layer, and a level that is set empties all loggers' caches
+            with _quiet("bitsandbytes"):  # which misses faster kernels for a path that is not taken here
+                import bitsandbytes
+        import bitsandbytes
     except ImportError:
         raise UserError(
             "nf4 needs the package bitsandbytes, which is not installed; install it with"

@@ -23,6 +23,7 @@ from ..generation.adapters import Adapters
 from ..generation.distilled import for_few_steps
 from ..generation.learned import tell_base
 from ..generation.memory import loaded
+from ..generation.on_pictures import suggested_on_pictures
 from ..generation.settings import Choice
 from ..training.tasks.diffusion import Examples
 from . import report
@@ -33,7 +34,8 @@ from .intervals import Estimate, estimate, estimate_share
 from .judge import Judge
 from .judges import JUDGES, judge_of
 from .judging import BASE, Copies, Shown, Taught, Verdicts
-from .measured import Alone, Evaluation, Interference, Values
+from .measured import Alone, Evaluation, GoTogether, Interference, Values
+from .picture_losses import PictureLosses
 from .settings import EvaluateConfig
 from .styles import Styles
 
@@ -206,7 +208,8 @@ def _measured(
             )
         )  # fmt: skip
     interference = () if config.alone else _interference(cases, together, taught, styles)
-    return Evaluation(trust, tuple(alone), interference, config.output / report.NAME), sheets
+    strengths = () if config.alone else _together(cases, together)
+    return Evaluation(trust, tuple(alone), interference, config.output / report.NAME, strengths), sheets
 
 
 def _tell_work(config: EvaluateConfig, cases: Sequence[Case], tell: Observer) -> None:
@@ -311,6 +314,20 @@ def _interference(cases: Sequence[Case], bench: Bench, taught: Taught, styles: S
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
             found.append(_interference_of(case.name, other.name, harm, rows, verdicts))
+    return tuple(found)
+
+
+def _together(cases: Sequence[Case], bench: Bench) -> tuple[GoTogether, ...]:
+    """The strengths of each two adapters at which the losses of both rise least, by some of their pictures."""
+    if bench.sampling.composition != "add" or len(cases) < 2:
+        return ()
+    losses = PictureLosses.of(bench, {case.name: case.gallery for case in cases})
+    found = []
+    for pair in itertools.combinations(cases, 2):
+        best = suggested_on_pictures(
+            losses, {name: amount for case in pair for name, amount in case.at(1.0).items()}, bench.stop
+        )
+        found.append(GoTogether(best.strengths, best.excess, best.excess_whole))
     return tuple(found)
 
 

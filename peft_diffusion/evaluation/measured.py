@@ -177,6 +177,33 @@ class Interference:
 
 
 @dataclass(frozen=True)
+class GoTogether:
+    """Two adapters, and the strengths at which the losses of their unseen pictures rise least while both are on.
+
+    Attributes:
+        strengths: By name, as shares of the strengths that count as 1, from 0 to 1.
+        rise: By how much more than alone both lose there, as shares of what the base loses on their pictures, summed.
+        rise_whole: The same where both have their whole strengths.
+    """
+
+    strengths: Mapping[str, float]
+    rise: float
+    rise_whole: float
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"strengths": dict(self.strengths), "rise": self.rise, "rise_whole": self.rise_whole}
+
+    def words(self) -> str:
+        """Say it in a line."""
+        names = " and ".join(self.strengths)
+        mix = ", ".join(f"{name} at {share:.2f}" for name, share in self.strengths.items())
+        if self.rise < self.rise_whole:
+            return f"{names}: {mix}: {self.rise:.1%} in place of {self.rise_whole:.1%}"
+        return f"{names}: no strengths were found that are better than whole ones, at {self.rise_whole:.1%}"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All that was found.
 
@@ -185,12 +212,14 @@ class Evaluation:
         alone: Each adapter by itself.
         interference: Each adapter with each other one; none where that was not asked for.
         report: The page.
+        together: Each two adapters; none where that was not asked for, or they do not add up.
     """
 
     trust: Trust
     alone: tuple[Alone, ...]
     interference: tuple[Interference, ...]
     report: Path
+    together: tuple[GoTogether, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """As ``figures.json`` holds it."""
@@ -208,6 +237,7 @@ class Evaluation:
             },
             "adapters": [_plain(one) for one in self.alone],
             "interference": [one.plain() for one in self.interference],
+            "together": [one.plain() for one in self.together],
         }
 
 

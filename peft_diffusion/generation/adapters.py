@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .batching import Request
     from .calibration import Calibration
     from .joining import Queue
+    from .on_pictures import Losses
     from .overlap import BlendReport
     from .settings import Sampling
 
@@ -742,13 +743,17 @@ class Adapters:
         names: Sequence[str] | None = None,
         seed: int = 0,
         sampling: "Sampling | None" = None,
+        losses: "Losses | None" = None,
         stop: Stop = Never(),  # noqa: B008 -- has no state
     ) -> "BlendReport":
         """Tell what adapters change at each layer, what each two of them share, and at which strengths they go together.
 
         Without prompts it takes the weights alone, and works on a language model too. With prompts the base draws them, in a
         few steps, once for what each adapter adds to the outputs of layers, once to compare predictions, and twice for each
-        adapter to find strengths.
+        adapter to find strengths. With ``losses``, strengths are found by real pictures of each adapter:
+
+            losses = PictureLosses.read(adapters, {"ink": "drawings/ink", "flat": "drawings/flat"})
+            adapters.set(adapters.report(losses=losses).suggested)
 
         Args:
             prompts: What is drawn, the first four of each. By the name of an adapter, prompts that call it; in a sequence,
@@ -756,6 +761,8 @@ class Adapters:
             names: Which adapters; by default all.
             seed: That of the noise.
             sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
+            losses: Those of real pictures of each adapter, whose captions are the prompts where none are given: see
+                `evaluation.picture_losses.PictureLosses`.
             stop: Where it is set, nothing is drawn after the present picture.
 
         Returns:
@@ -774,15 +781,15 @@ class Adapters:
         self._registry.refuse_merged("report on them")
         for name in chosen:
             _ = self[name]
-        if not prompts:
+        if not prompts and losses is None:
             return measured(components(self.pipe), chosen)
         self._denoising()
         from .overlap_drawing import drawn, own_prompts  # these import diffusers
         from .settings import Sampling as Usual
 
-        own = own_prompts(self, chosen, prompts)
+        own = own_prompts(self, chosen, prompts or (() if losses is None else losses.prompts))
         with self._kept_strengths():
-            found = drawn(self, own, seed, Usual() if sampling is None else sampling, stop)
+            found = drawn(self, own, seed, Usual() if sampling is None else sampling, stop, losses=losses)
         return measured(components(self.pipe), chosen, found)
 
     @property

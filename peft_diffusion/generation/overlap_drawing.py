@@ -10,6 +10,7 @@ from ..core.strength_schedule import ByPart
 from ..data.captions import with_trigger
 from .calibration import calibrated, suggested
 from .on_activations import acting
+from .on_pictures import Losses, suggested_on_pictures
 from .overlap import Drawn
 from .sampler import Cell
 from .settings import Sampling
@@ -28,6 +29,7 @@ def drawn(
     amounts: Mapping[str, float | ByPart] | None = None,
     beside: Mapping[str, float | ByPart] | None = None,
     effects: Mapping[str, float] | None = None,
+    losses: Losses | None = None,
 ) -> Drawn:
     """Draw with adapters, and see what each does and how nearly they go together.
 
@@ -40,6 +42,7 @@ def drawn(
         amounts: At which strength each is alone; by default 1.
         beside: Strengths of adapters that stand beside those.
         effects: What each changes of predictions, where that was measured.
+        losses: Those of real pictures, by which strengths are found; by default what the adapters predict finds them.
 
     Returns:
         What was seen.
@@ -55,7 +58,11 @@ def drawn(
     wanted: Mapping[str, float | ByPart] = dict.fromkeys(names, 1.0) if amounts is None else amounts
     sizes, conflicts = acting(adapters, names, every, sampling, stop)
     known = calibrated(adapters, wanted, every, sampling, stop).effects if effects is None else effects
-    return Drawn(known, suggested(adapters, wanted, own, sampling, stop), sizes, conflicts)
+    if losses is None:
+        suggestion = suggested(adapters, wanted, own, sampling, stop)
+    else:
+        suggestion = suggested_on_pictures(losses, wanted, stop)
+    return Drawn(known, suggestion, sizes, conflicts)
 
 
 def own_prompts(
