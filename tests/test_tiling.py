@@ -33,7 +33,7 @@ def drawn(pipe: DiffusionPipeline, moved: tuple[int, int], divided: bool = False
         share = noise.shape[-1] // 8  # of the second pass, twice as far
         return noise.roll((moved[0] * share, moved[1] * share), (2, 3))
 
-    cell = Cell("a cat", 1, None)
+    adapters, cell = Adapters(pipe), Cell("a cat", 1, None)
     if divided:
         mask = np.zeros((64, 64), np.uint8)
         mask[:48, :32] = 255
@@ -42,7 +42,8 @@ def drawn(pipe: DiffusionPipeline, moved: tuple[int, int], divided: bool = False
         cell = Cell("a cat", 1, whole, None, Division((DrawnRegion(area, "a dog", there),), 0.3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", rolled)
-        (image,) = paint(Adapters(pipe), [cell], Sampling(**{"steps": 2, "width": 64, "height": 64, **told}))
+        (image,) = paint(adapters, [cell], Sampling(**{"steps": 2, "width": 64, "height": 64, **told}))
+    adapters.set(one=1.0, two=1.0)
     return np.asarray(image, int)
 
 
