@@ -15,6 +15,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 # The collector goes through all objects of the libraries again and again: a fifth of the time of many tests.
 gc.set_threshold(10_000, 20, 20)
 
+import forked  # noqa: E402
 import pytest  # noqa: E402
 from disk import without_waiting  # noqa: E402
 from little import LITTLE  # noqa: E402
@@ -39,6 +40,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     cores = os.cpu_count() or 1
     return cores if config.option.markexpr == "not slow" else cores + 1
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start one server of processes before all workers: each would import the libraries, for nine seconds."""
+    option = session.config.option
+    starts_workers = getattr(option, "tx", None) and "PYTEST_XDIST_WORKER" not in os.environ
+    if starts_workers and option.markexpr != "not slow" and forked.SHAREABLE:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the workers
+        forked.share()
 
 
 def pytest_collection_finish() -> None:

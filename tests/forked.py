@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -22,6 +23,9 @@ HERE = str(Path(__file__).parent)
 # Starting a process asks after all others; of two threads that ask after one at once, one is told that it failed.
 ASKING = threading.Lock()
 POSSIBLE = "forkserver" in multiprocessing.get_all_start_methods()
+# From Python 3.14 on a server asks for a key that it gives to its own children alone.
+SHAREABLE = POSSIBLE and sys.version_info < (3, 14)
+_SHARED = "SERVER_OF_THE_TESTS"  # its address
 
 
 @contextlib.contextmanager
@@ -37,6 +41,25 @@ def _path_of_the_server() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
+def share() -> None:
+    """Start the server here, for the processes that this one starts as well, which find it by the environment."""
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    server: Any = forkserver._forkserver
+    with _path_of_the_server():
+        server.ensure_running()
+    os.environ[_SHARED] = server._forkserver_address
+
+
+def _join_the_shared() -> None:
+    """Take the server that another process shares; it lasts as long as that one."""
+    server: Any = forkserver._forkserver
+    if _SHARED in os.environ and server._forkserver_address is None:
+        server._forkserver_address = os.environ[_SHARED]
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # processes get one, which nobody waits for here
+        server.ensure_running = resource_tracker.ensure_running
+
+
 def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
     """Start a function in a process of its own, forked from one that has imported the libraries.
 
@@ -48,6 +71,7 @@ def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
     context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=target, args=arguments)
     with ASKING, _path_of_the_server():
+        _join_the_shared()
         process.start()
     return process
 

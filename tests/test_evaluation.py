@@ -366,7 +366,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     page = found.report.read_text()
     assert page.count("data:image/webp") == 2 and 'src="http' not in page
     assert "Distance to training pictures" in page and "flat on" in page
-    assert "Strengths at which they go together" in page and pair.words() in page
+    assert "Strengths at which two go together" in page and pair.words() in page
 
 
 @pytest.mark.slow
@@ -423,8 +423,8 @@ def test_strengths_that_go_together_are_measured_by_the_losses_of_both(
     def rise(amounts: dict[str, float]) -> float:
         whole = 0.0
         for name, own in examples.items():
-            both, alone = (sum(bench.losses(own, one)) for one in (amounts, {name: 1.0}))
-            whole += both / alone - 1
+            both, alone, base = (sum(bench.losses(own, one)) for one in (amounts, {name: 1.0}, {}))
+            whole += (both - alone) / base
         return whole
 
     (pair,) = found.together

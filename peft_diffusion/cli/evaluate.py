@@ -54,9 +54,7 @@ def _tables(found: Evaluation) -> None:
     for title, explained, lines in report.matrices(found):
         _print(screen, f"{title}: {explained}", ["", *(f"{name} on" for name in names)], lines)
     if found.together:
-        screen.print(
-            Text("\nstrengths at which they go together, by the losses of unseen pictures", style="bold"), soft_wrap=True
-        )
+        screen.print(Text(f"\n{report.TOGETHER}: {report.TOGETHER_EXPLAINED}", style="bold"), soft_wrap=True)
     for pair in found.together:
         screen.print(Text(f"  {pair.words()}"), soft_wrap=True)
 

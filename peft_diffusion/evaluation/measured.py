@@ -178,11 +178,11 @@ class Interference:
 
 @dataclass(frozen=True)
 class GoTogether:
-    """Two adapters, and strengths at which the losses of their unseen pictures rise least while both are on.
+    """Two adapters, and the strengths at which the losses of their unseen pictures rise least while both are on.
 
     Attributes:
         strengths: By name, as shares of the strengths that count as 1, from 0 to 1.
-        rise: By how much the losses of both are higher than alone there, as shares, summed.
+        rise: By how much more than alone both lose there, as shares of what the base loses on their pictures, summed.
         rise_whole: The same where both have their whole strengths.
     """
 
@@ -199,8 +199,8 @@ class GoTogether:
         names = " and ".join(self.strengths)
         mix = ", ".join(f"{name} at {share:.2f}" for name, share in self.strengths.items())
         if self.rise < self.rise_whole:
-            return f"{names}: the losses of both rise by {self.rise:.1%} in place of {self.rise_whole:.1%} with {mix}"
-        return f"{names}: no strengths were found at which the losses of both rise by less than {self.rise_whole:.1%}"
+            return f"{names}: {mix}: {self.rise:.1%} in place of {self.rise_whole:.1%}"
+        return f"{names}: no strengths were found that are better than whole ones, at {self.rise_whole:.1%}"
 
 
 @dataclass(frozen=True)

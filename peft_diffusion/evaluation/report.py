@@ -15,6 +15,8 @@ from .measured import MEASURES, Alone, Evaluation, Interference, written
 from .settings import EvaluateConfig
 
 NAME = "report.html"
+TOGETHER = "strengths at which two go together"
+TOGETHER_EXPLAINED = "what both lose there more than alone, as shares of what the base loses on their unseen pictures"
 _SIDE = 1600  # pixels of a sheet in the page
 # What is drawn in one chart, by its heading.
 _CHARTS: Mapping[str, tuple[str, ...]] = {
@@ -52,6 +54,7 @@ def page(found: Evaluation, sheets: Mapping[str, Image.Image], config: EvaluateC
             ],
             "matrices": matrices(found),
             "together": [one.words() for one in found.together],
+            "together_explained": TOGETHER_EXPLAINED,
             "names": [one.name for one in found.alone],
             "measures": {name: one for name, one in MEASURES.items() if any(name in own.values for own in found.alone)},
             "level": f"{LEVEL:.0%}",

@@ -44,7 +44,9 @@ def suggested_on_pictures(
     amounts: Mapping[str, float | ByPart],
     stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> Suggestion:
-    """Find strengths at which the losses of all adapters' pictures rise least, each against its adapter alone.
+    """Find strengths at which adapters lose least on their pictures, each as a share of what the base loses on these.
+
+    What an adapter loses alone would be no measure: of pictures that it was trained on it may be next to nothing.
 
     First whole strengths are measured, then less of each and of each two, as many mixes as a quadratic of the shares has
     coefficients. It is fitted to all mixes, and the one where it is least is measured too, until there is none that is new.
@@ -55,20 +57,21 @@ def suggested_on_pictures(
         stop: Where it is set, nothing is measured after the present mix.
 
     Returns:
-        The best of the mixes that were measured, whole strengths among them. Its excess is the sum over adapters of the rise
-        of their loss with all on, as a share of the loss alone; it is below 0 where they help each other.
+        The best of the mixes that were measured, whole strengths among them. Its excess is the sum over adapters of by how
+        much more than alone they lose with all on, as a share of what the base loses; below 0 where they help each other.
 
     Raises:
         Interrupted: It was stopped.
     """
     names = list(amounts)
     alone = {name: losses.loss(name, {name: amounts[name]}) for name in names}
+    base = {name: losses.loss(name, {}) for name in names}
     costs: dict[tuple[float, ...], float] = {}
 
     def measure(shares: tuple[float, ...]) -> None:
         check_stop(stop, "stopped while strengths were looked for")
         mix = {name: times(amounts[name], share) for name, share in zip(names, shares, strict=True)}
-        costs[shares] = sum(losses.loss(name, mix) / alone[name] - 1 for name in names)
+        costs[shares] = sum((losses.loss(name, mix) - alone[name]) / base[name] for name in names)
 
     for shares in _first(len(names)):
         measure(shares)

@@ -79,8 +79,8 @@ class BlendReport:
         suggested: Shares of strength at which adapters together predict nearest to what each does alone of its own prompts:
             see `calibration.suggested`; the same as ``even`` without prompts. By real pictures, those at which the losses of
             these rise least: see `on_pictures.suggested_on_pictures`.
-        excess: The loss that they cost each other at ``suggested``, by real pictures as a share of what each loses alone,
-            summed; None without prompts.
+        excess: The loss that they cost each other at ``suggested``, by real pictures as a share of what the base loses on
+            those of each, summed; None without prompts.
         excess_whole: The same at whole strengths.
         acting: What each adds to the outputs of layers; empty without prompts.
         conflicts: How what each pair adds lies to each other; empty without prompts.
