@@ -64,13 +64,13 @@ class Area:
             return cls(None, read(region.mask, "black").convert("L"))
         if region.painted is None:
             return cls(tuple(region.box))
-        painted = read(region.painted, "white").convert("RGB")
-        pixels = np.asarray(painted, dtype=np.float32)
+        pixels = np.asarray(read(region.painted, "white").convert("RGB"), dtype=np.float32)
         wanted = np.array([int(region.color[start : start + 2], 16) for start in (1, 3, 5)], dtype=np.float32)
         found = np.sqrt(((pixels - wanted) ** 2).sum(-1)) < _LIKE
         if not found.any():
-            colors = sorted(painted.getcolors(painted.width * painted.height) or (), reverse=True)[:_COLORS_SHOWN]
-            there = ", ".join("#" + "".join(f"{part:02x}" for part in color) for _, color in colors)
+            colors, counts = np.unique(pixels.astype(np.uint8).reshape(-1, 3), axis=0, return_counts=True)
+            most = colors[np.argsort(-counts, kind="stable")[:_COLORS_SHOWN]]
+            there = ", ".join(f"#{color.tobytes().hex()}" for color in most)
             raise UserError(f"{region.painted} has nothing of the colour {region.color}; most of it is {there}")
         return cls(None, Image.fromarray(found.astype(np.uint8) * 255))
 
