@@ -398,7 +398,7 @@ class Sampling(NamesAdapters):
     )
     width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
-    batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
+    batch_size: int = setting(4, "Pictures computed at once; a picture depends on it by rounding alone.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
     prediction: AskedPrediction = setting(
         "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
