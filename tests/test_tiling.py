@@ -43,7 +43,8 @@ def drawn(pipe: DiffusionPipeline, moved: tuple[int, int], divided: bool = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", rolled)
         (image,) = paint(adapters, [cell], Sampling(**{"steps": 2, "width": 64, "height": 64, **told}))
-    adapters.set(one=1.0, two=1.0)
+    if divided:
+        adapters.set(one=1.0, two=1.0)
     return np.asarray(image, int)
 
 
