@@ -504,13 +504,30 @@ def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
         adapters.batch([Request("a dog", regions=[Region(box=(0, 0, 1, 1), adapter=("ink=1", "ink=0.5"))])])
 
 
+def test_a_colour_that_is_not_painted_is_told_with_those_that_are_and_a_box_beyond_a_picture_with_what_it_loses(
+    tmp_path: Path,
+) -> None:
+    painted = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    painted.paste((255, 0, 0, 128), (0, 0, 2, 4))
+    painted.save(tmp_path / "painted.png")
+    with pytest.raises(UserError, match=r"has nothing of the colour #ff0000; most of it is #ffffff, #ff7f7f$"):
+        Area.of(Region(painted=tmp_path / "painted.png", color="#ff0000"))
+    boxes = [(0.0, 0.0, 64.0, 64.0), (0.0, 0.0, 1.0, 1.0), (32.0, 0.0, 512.0, 64.0)]
+    division = Division(tuple(DrawnRegion(Area(box)) for box in boxes))
+    assert division.cut(512, 64) == []
+    assert division.cut(64, 64) == ["region 3 of 3 reaches beyond a picture of 64x64: its box 32,0,512,64 is cut off there"]
+
+
 @pytest.mark.slow
 def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
     common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     for region, message in (
         ("box=64,0,96,64", "region 1 of 1 holds nothing of a picture of 64x64: its box 64.0,0.0,96.0,64.0 lies outside"),
-        (f"mask={tmp_path / 'black.png'}", "region 1 of 1 holds nothing of a picture of 64x64: its mask is black"),
+        (
+            f"mask={tmp_path / 'black.png'}",
+            "region 1 of 1 holds nothing of a picture of 64x64: its mask is black; white is the",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             generate(GenerateConfig("a dog", region=region, **common), pipe=tiny_pipe)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .sampler import Cell
 
 _LIKE = 48.0  # how far a colour may lie from that of a region, as where a picture was saved as JPEG
+_COLORS_SHOWN = 4
+_BLACK = "its mask is black; white is the region, and what is transparent counts as black"
 _PNG = "png:"
 
 
@@ -66,7 +68,10 @@ class Area:
         wanted = np.array([int(region.color[start : start + 2], 16) for start in (1, 3, 5)], dtype=np.float32)
         found = np.sqrt(((pixels - wanted) ** 2).sum(-1)) < _LIKE
         if not found.any():
-            raise UserError(f"{region.painted} has nothing of the colour {region.color}")
+            colors, counts = np.unique(pixels.astype(np.uint8).reshape(-1, 3), axis=0, return_counts=True)
+            most = colors[np.argsort(-counts, kind="stable")[:_COLORS_SHOWN]]
+            there = ", ".join(f"#{color.tobytes().hex()}" for color in most)
+            raise UserError(f"{region.painted} has nothing of the colour {region.color}; most of it is {there}")
         return cls(None, Image.fromarray(found.astype(np.uint8) * 255))
 
     def coverage(self, width: int, height: int) -> Tensor:
@@ -236,10 +241,28 @@ class Division:
         """
         for number, part in enumerate(self.parts, 1):
             if not bool(part.area.coverage(width, height).any()):
-                where = "its mask is black" if part.area.box is None else f"its box {part.area.text()} lies outside"
+                where = _BLACK if part.area.box is None else f"its box {part.area.text()} lies outside"
                 which = f"region {number} of {len(self.parts)}"  # which nobody takes for a place counted from 0
                 raise UserError(f"{which} holds nothing of a picture of {width}x{height}: {where}")
         return replace(self, parts=tuple(replace(part, area=part.area.shared(width, height)) for part in self.parts))
+
+    def cut(self, width: int, height: int) -> list[str]:
+        """Tell of boxes that reach beyond a picture, as those for a larger one do.
+
+        Args:
+            width: Of the picture, in pixels.
+            height: The same.
+
+        Returns:
+            What the person should know, one for each.
+        """
+        boxes = [(number, part.area.box) for number, part in enumerate(self.parts, 1) if part.area.box is not None]
+        return [
+            f"region {number} of {len(self.parts)} reaches beyond a picture of {width}x{height}: its box"
+            f" {','.join(f'{one:g}' for one in box)} is cut off there"
+            for number, box in boxes
+            if max(box) > 1 and (box[2] > width or box[3] > height)
+        ]
 
     def worded(self, prompts: Iterator[str]) -> "Division":
         """Give regions other prompts, each that has one.
