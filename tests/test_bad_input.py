@@ -130,7 +130,7 @@ def test_an_adapter_is_no_prompt(tmp_path: Path) -> None:
     for prompt in (str(ink), f"{ink}=0.5"):
         with pytest.raises(UserError, match="is an adapter; name each with a flag of its own, as in --adapter FILE"):
             refuse_files(["a cat", prompt])
-    refuse_files(["a cat", str(tmp_path / "gone.safetensors"), "a = b"])
+    refuse_files(["a cat", str(tmp_path / "gone.safetensors"), "a = b", f"{'a' * 300}.safetensors"])
 
 
 @pytest.mark.slow

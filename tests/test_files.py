@@ -51,5 +51,7 @@ def test_what_lies_below_a_folder_is_listed_by_links_too_and_without_what_is_hid
     (shown / "linked").symlink_to(elsewhere)
     (shown / "round").symlink_to(shown)
     (shown / "nowhere").symlink_to(tmp_path / "gone")
+    (shown / "a").mkdir()
+    (shown / "a" / "link").symlink_to(shown / "sub")  # which has a path of its own
     found = [path.relative_to(shown).as_posix() for path in files_below(shown)]
     assert found == ["ink", "linked/line", "nowhere", "sub/flat"]

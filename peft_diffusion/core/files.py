@@ -301,6 +301,8 @@ def at_home(path: Path) -> Path:
 def files_below(folder: Path) -> list[Path]:
     """List what lies in a folder and in those below it. Links are followed, to each folder once.
 
+    A folder that is there itself is listed by its own path, whatever links lead to it: files are named by paths.
+
     Hidden files and folders are left out, as every program lists folders: those are waste baskets, thumbnails, checkpoints
     of notebooks, and the ``._NAME`` that macOS writes beside each NAME on foreign disks.
 
@@ -312,10 +314,13 @@ def files_below(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     seen: set[Path] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = Path(place).resolve()
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            seen.add(real)
-            found += [Path(place) / name for name in files if not name.startswith(".")]
+    waiting = [folder]
+    for start in waiting:  # which grows by the links that are met
+        for place, folders, files in os.walk(start):
+            real = Path(place).resolve()
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(place) / name for name in folders if (Path(place) / name).is_symlink()]
+            if real not in seen:
+                seen.add(real)
+                found += [Path(place) / name for name in files if not name.startswith(".")]
     return sorted(found)

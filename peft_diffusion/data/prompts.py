@@ -101,7 +101,8 @@ def refuse_files(prompts: Sequence[str], instead: str = "give each prompt in quo
         path = Path(prompt)
         if path.suffix.lower() in _LISTS and len(prompt) < 256 and path.is_file():
             raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; {instead}")
-        if any(one.endswith(".safetensors") and Path(one).is_file() for one in (prompt, prompt.rpartition("=")[0])):
+        named = [one for one in (prompt, prompt.rpartition("=")[0]) if one.endswith(".safetensors")]
+        if any(len(one) < 256 and Path(one).is_file() for one in named):
             raise UserError(f"the prompt {prompt!r} is an adapter; name each with a flag of its own, as in --adapter FILE")
 
 

@@ -203,7 +203,8 @@ class EvaluateConfig(NamesAdapters):
             )
         found: dict[str, Path] = {}
         for place, text in enumerate(texts):
-            name = next((one for one in names if text.startswith(f"{one}=")), None)
+            # Names have = in them too: of a and a=b the longer one is meant.
+            name = max((one for one in names if text.startswith(f"{one}=")), key=len, default=None)
             folder = text if name is None else text[len(name) + 1 :]
             if name is None or at_home(Path(text)).is_dir():
                 if place >= len(names):
