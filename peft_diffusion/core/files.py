@@ -296,3 +296,26 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         return path
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List what lies in a folder and in those below it. Links are followed, to each folder once.
+
+    Hidden files and folders are left out, as every program lists folders: those are waste baskets, thumbnails, checkpoints
+    of notebooks, and the ``._NAME`` that macOS writes beside each NAME on foreign disks.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Everything that is no folder, sorted; also links that lead nowhere, pipes and devices.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            seen.add(real)
+            found += [Path(place) / name for name in files if not name.startswith(".")]
+    return sorted(found)
