@@ -10,9 +10,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
-import diffusers.guiders  # noqa: E402, F401
+import diffusers.guiders  # noqa: E402
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
-import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 import rich.progress  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402, F401

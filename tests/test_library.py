@@ -32,7 +32,7 @@ from peft_diffusion.generation.retrieval import retrieval
 from peft_diffusion.library import Library
 from peft_diffusion.library import library as libraries
 from peft_diffusion.library.encoder import floor_of, near_texts
-from peft_diffusion.library.entries import lead_of, read_entry
+from peft_diffusion.library.entries import files_in, lead_of, read_entry
 from peft_diffusion.library.events import Chosen
 from peft_diffusion.library.ranking import LEAST, Snapshot
 from peft_diffusion.library.terms import terms_of
@@ -234,6 +234,15 @@ def test_what_strangers_bring_is_told_and_limited(tmp_path: Path) -> None:
     for part in ("old.pt is no safetensors file", "whole.safetensors is a checkpoint", "torn.safetensors"):
         assert part in text
     assert read_sidecars(tmp_path / "c.safetensors").triggers == ()
+
+
+def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "._ink.safetensors").touch()
+    for folder in (tmp_path, tmp_path / "pictures"):
+        assert files_in([folder]) == ([], [(folder, "holds no safetensors file")])
+    (tmp_path / "pictures" / "ink.safetensors").touch()
+    assert files_in([tmp_path]) == ([tmp_path / "pictures" / "ink.safetensors"], [])
 
 
 def test_what_captions_begin_with_calls_an_adapter() -> None:

@@ -656,7 +656,7 @@ def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Rep
     sampling = telling.asked
     # What starts from a picture may start where guidance acts no more.
     guided = start.begins > 1 - sampling.guidance_stop
-    regional = Regional.of(batch)
+    regional = Regional.of(batch, sampling.tile)
     told = telling.arguments(
         *_texts(batch, sampling), guided=guided and sampling.guided_by > 1, embedded=regional is not None
     )

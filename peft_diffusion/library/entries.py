@@ -308,7 +308,10 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, str]]]
     for path in paths:
         if not path.exists():
             raise UserError(f"there is no file or folder {path}")
-        for one in files_below(path) if path.is_dir() else [path]:
+        below = files_below(path) if path.is_dir() else [path]
+        if not any(one.suffix.lower() == ".safetensors" for one in below) and path.is_dir():
+            left.append((path, "holds no safetensors file"))
+        for one in below:
             kind = one.suffix.lower()
             if one.is_symlink() and not one.exists():
                 left.append((one, "leads nowhere"))
