@@ -364,6 +364,22 @@ def test_strengths_by_pictures_are_where_their_losses_rise_least(
     assert losses.asked[0] == dict.fromkeys(names, 0.5) and len(losses.asked) <= 14 * len(names)
 
 
+def test_strengths_by_pictures_are_looked_for_again_where_the_loss_is_no_quadratic() -> None:
+    """The first mixes tell the least wrongly, and less wrongly with what was measured there."""
+
+    class Steep(_Bowl):
+        def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
+            steep = sum((float(one) / 0.5) ** 4 for one in amounts.values())  # type: ignore[arg-type]
+            return super().loss(name, amounts) + (steep if len(amounts) == 2 else 0.0)
+
+    losses = Steep({"a": 0.2, "b": 0.2}, ((2.0, 0.0), (0.0, 2.0)))
+    found = suggested_on_pictures(losses, {"a": 0.5, "b": 0.5})
+    mixes = losses.asked[::2]  # both are asked of each
+    costs = [sum(losses.loss(name, mix) for name in "ab") for mix in mixes]
+    assert min(costs) == min(costs[7:]) < costs[6] < min(costs[:6])
+    assert {name: 0.5 * share for name, share in found.strengths.items()} == mixes[costs.index(min(costs))]
+
+
 def test_strengths_by_pictures_are_whole_where_nothing_else_is_better_and_stop() -> None:
     """A loss that is no quadratic: it falls at whole strengths alone."""
 

@@ -313,8 +313,11 @@ def test_several_folders_and_links(tmp_path: Path) -> None:
     draw(tmp_path / "two" / "dog.png", seed=2)
     draw(tmp_path / "two" / "cat copy.png", seed=1)
     (tmp_path / "two" / "loop").symlink_to(tmp_path / "two", target_is_directory=True)
+    (tmp_path / "two" / "a").mkdir()
+    (tmp_path / "two" / "a" / "link").symlink_to(tmp_path / "two" / "z", target_is_directory=True)
+    draw(tmp_path / "two" / "z" / "bird.png", seed=3)
     folder = scan([tmp_path / "two", tmp_path / "one", tmp_path / "two"])
-    assert [picture.name for picture in folder.pictures] == ["cat copy.png", "dog.png"]
+    assert [picture.name for picture in folder.pictures] == ["cat copy.png", "dog.png", "z/bird.png"]
     assert kinds(folder) == ["duplicate"]
 
 

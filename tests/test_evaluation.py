@@ -32,7 +32,7 @@ from peft_diffusion.evaluation.intervals import Estimate, below, estimate, estim
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
-from peft_diffusion.evaluation.measured import MEASURES, Evaluation, written
+from peft_diffusion.evaluation.measured import MEASURES, Evaluation, GoTogether, written
 from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
@@ -460,8 +460,16 @@ def test_two_adapters_whose_losses_are_no_numbers_cost_no_other_figure(monkeypat
     cases: list[Any] = [SimpleNamespace(name=one, gallery=None, at=lambda by, one=one: {one: by}) for one in "abc"]
     found = _together(cases, bench)
     assert [one.strengths for one in found] == [{"a": 0.8, "b": 0.8}, {"b": 0.8, "c": 0.8}]
+    assert all(one.rise < one.rise_whole for one in found)
     (warned,) = (one.message for one in told if isinstance(one, Warned))
     assert warned.startswith("there are no strengths at which a and c go together: the loss of the pictures of a is nan")
+
+
+def test_two_that_go_together_are_told_by_what_is_gained() -> None:
+    strengths = {"ink": 0.75, "flat": 1.0}
+    better = GoTogether(strengths, 0.014, 0.16).words()
+    assert better == "ink and flat: ink at 0.75, flat at 1.00: 1.4% in place of 16.0%"
+    assert GoTogether(dict.fromkeys(strengths, 1.0), 0.02, 0.02).words().endswith("better than whole ones, at 2.0%")
 
 
 def test_folders_are_those_of_the_longest_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -298,7 +298,19 @@ def at_home(path: Path) -> Path:
         return path
 
 
-def files_below(folder: Path) -> list[Path]:
+def is_dotted(name: str) -> bool:
+    """Tell whether programs hide a file or folder when they list what is there.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        Whether it begins with a dot.
+    """
+    return name.startswith(".")
+
+
+def files_below(folder: Path, is_hidden: Callable[[str], bool] = is_dotted, *, deep: bool = True) -> list[Path]:
     """List what lies in a folder and in those below it. Links are followed, to each folder once.
 
     A folder that is there itself is listed by its own path, whatever links lead to it: files are named by paths.
@@ -308,6 +320,8 @@ def files_below(folder: Path) -> list[Path]:
 
     Args:
         folder: The folder.
+        is_hidden: Tells of a name whether it is left out.
+        deep: Whether those below it count.
 
     Returns:
         Everything that is no folder, sorted; also links that lead nowhere, pipes and devices.
@@ -318,9 +332,9 @@ def files_below(folder: Path) -> list[Path]:
     for start in waiting:  # which grows by the links that are met
         for place, folders, files in os.walk(start):
             real = Path(place).resolve()
-            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [] if real in seen or not deep else sorted(name for name in folders if not is_hidden(name))
             waiting += [Path(place) / name for name in folders if (Path(place) / name).is_symlink()]
             if real not in seen:
                 seen.add(real)
-                found += [Path(place) / name for name in files if not name.startswith(".")]
+                found += [Path(place) / name for name in files if not is_hidden(name)]
     return sorted(found)

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from peft_diffusion.core.errors import UserError
 
+from ..core.files import files_below, is_dotted
 from ..core.wording import first_of, number_of
 from . import picture_names
 from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
@@ -305,20 +306,13 @@ def _list(root: Path, subfolders: bool) -> _Listing:
 
     A pipe, socket or device may never end, whatever it is called, and is not read.
     """
-    names: list[str] = []
-    seen: set[Path] = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = Path(place).resolve()
-        folders[:] = [] if real in seen or not subfolders else [name for name in folders if not _hidden(name)]
-        if real not in seen:
-            seen.add(real)
-            names += [(Path(place) / name).relative_to(root).as_posix() for name in files if not _hidden(name)]
+    names = [path.relative_to(root).as_posix() for path in files_below(root, _hidden, deep=subfolders)]
     strange = {name for name in names if (root / name).exists() and not (root / name).is_file()}
     return _Listing(root, sorted(name for name in names if name not in strange), sorted(strange))
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _LITTER
+    return is_dotted(name) or name.lower() in _LITTER
 
 
 def _is_text(name: str) -> bool:

@@ -216,7 +216,8 @@ class Suggestion:
     Attributes:
         strengths: By the name of the adapter, as shares of what it was measured at, from 0 to 1.
         excess: The mean square of the difference between what all together predict and what the adapter alone does, summed
-            over adapters, each on its own prompts: the loss that they cost each other.
+            over adapters, each on its own prompts: the loss that they cost each other. By real pictures, what
+            `on_pictures.suggested_on_pictures` says.
         excess_whole: The same at shares of 1.
     """
 
