@@ -42,8 +42,11 @@ _ENGINE = "_peft_diffusion_engine"
 _CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
 """What a configuration of transformers says for calls that do not."""
 _ROOM = {False: 32, True: 8}
-"""Of how many kinds of calls recordings are kept, of pictures without regions and with: a kind without is a size and a number
-of pictures, and people draw few; of divisions there is no end, and each has keys and values of its own for each region."""
+"""Of how many kinds of calls recordings are kept, of pictures without regions and of such with them.
+
+A kind without regions is a size and a number of pictures, of which people draw few. Of divisions there is no end, and each
+keeps keys and values for every region. A divided picture has two kinds where its regions first attend to themselves.
+"""
 
 
 class FastNetwork(nn.Module):
@@ -361,7 +364,7 @@ class Engine:
             self._call = None
 
     def _keep(self, what: Hashable, told: Tensor | None) -> None:
-        """Note a call as the latest; where its kind is one too many, drop what was recorded for the one called longest ago."""
+        """Note a call as the latest; where its kind is one too many, drop the recordings of the one called longest ago."""
         if what == next(reversed(self._kinds), None):
             return
         telling = None if told is None else (shapes({"told": told}), self._key)
@@ -495,7 +498,10 @@ _Known = dict[nn.Module, tuple[Tensor, Tensor]]
 
 @dataclass
 class _Held:
-    """Regions at the place where recordings read them, and those whose masks they have, which know networks beside this one."""
+    """Regions at the place where recordings read them, and those whose masks they have.
+
+    The latter are not kept alive, as they hold the networks beside this one, such as ControlNets.
+    """
 
     layout: Layout
     source: "weakref.ref[Layout]"
