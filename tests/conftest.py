@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Bytes of pictures differ between numbers of threads, and tests compare those of this process with those of processes that
+# have one. Beside other workers more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 logging.getLogger("transformers").setLevel(logging.ERROR)
 # The collector goes through all objects of the libraries again and again: a fifth of the time of many tests.
 gc.set_threshold(10_000, 20, 20)

@@ -10,14 +10,23 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
+import diffusers.guiders  # noqa: E402
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
-import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib.figure  # noqa: E402, F401
+import rich.progress  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402, F401
 from disk import without_waiting  # noqa: E402
 from little import measure_little_from_here  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 import peft_diffusion.api  # noqa: E402
-import peft_diffusion.cli.parser  # noqa: E402, F401
+import peft_diffusion.cli.parser  # noqa: E402
+import peft_diffusion.generation.generate  # noqa: E402, F401
+
+Image.init()
+get_checkpoint_conversion_mapping("clip")  # of all models, at the first: half the time that reading a small base takes
 
 without_waiting()
 measure_little_from_here()

@@ -18,6 +18,7 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.core.strength_schedule import ByPart
 from peft_diffusion.data.prompt_lines import parse_line, read_prompts
 from peft_diffusion.data.wildcards import Wildcards
+from peft_diffusion.generation import asked
 from peft_diffusion.generation.asked import strengths
 from peft_diffusion.generation.blend import blend
 from peft_diffusion.generation.generate import Picture, generate
@@ -84,6 +85,23 @@ def test_a_file_that_is_named_by_several_names_has_the_sum_of_their_strengths(pi
     assert {name: told["one"].components[name] for name in wanted} == pytest.approx(wanted)
 
 
+def test_adapters_of_regions_are_found_by_names_and_files_that_have_equals_signs(tmp_path: Path) -> None:
+    there = tmp_path / "a=b.safetensors"
+    save_file({"lora_unet_conv_in.lora_up.weight": torch.zeros(1)}, there)
+
+    def adapters(named: str, **more: Any) -> tuple[Choice, ...]:
+        config = GenerateConfig("a dog", region=f"box=0,0,0.5,1 adapter='{named}'", **more)
+        given = tuple(Choice(Path(one)) for one in config.adapter)
+        return asked._of_regions(config, Shelf(given, config.adapters_dir))[0]
+
+    for more in ({"adapters_dir": tmp_path}, {"adapter": str(there)}):
+        for named, strength in (("a=b", 1.0), ("A=B=0.5", 0.5), (f"{there}=-0.5", -0.5), (str(there), 1.0)):
+            assert [(one.path, one.strength) for one in adapters(named, **more)] == [(there, strength)]
+    assert adapters("a=b=0.5,te:0.25", adapters_dir=tmp_path)[0].parts is not None
+    with pytest.raises(UserError, match=r"there is no adapter 'a=c' in .* for adapter=a=c of a region; did you mean 'a=b'"):
+        adapters("a=c=0.5", adapters_dir=tmp_path)
+
+
 @pytest.mark.slow
 def test_names_are_those_of_files_given_then_of_the_folder(shelf: Path, tmp_path: Path) -> None:
     found = Shelf((Choice(tmp_path / "own" / "ink.safetensors", 0.5),), shelf)
@@ -94,6 +112,10 @@ def test_names_are_those_of_files_given_then_of_the_folder(shelf: Path, tmp_path
         found.find("fla v1")
     with pytest.raises(UserError, match="its folder with --adapters-dir"):
         Shelf().find("ink")
+    (tmp_path / "c" / ".trash").mkdir(parents=True)
+    for name in (".trash/one", "._one", "one"):
+        (tmp_path / "c" / f"{name}.safetensors").touch()
+    assert Shelf((), tmp_path / "c").find("one").path == tmp_path / "c" / "one.safetensors"
     with pytest.raises(UserError, match="there is no folder of adapters"):
         Shelf((), tmp_path / "no")
     for folder in ("a", "b"):

@@ -13,6 +13,9 @@ from making import command, environment, make_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.data.prompts import refuse_files
+
 FAILED, USAGE = 1, 2
 
 
@@ -119,6 +122,15 @@ def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
             line.split()[0], "give each prompt in quotes"
         )
         assert f"the prompt 'prompts.txt' is a file, whose lines are not read; {instead}" in said
+
+
+def test_an_adapter_is_no_prompt(tmp_path: Path) -> None:
+    ink = tmp_path / "ink wash.safetensors"
+    ink.touch()
+    for prompt in (str(ink), f"{ink}=0.5"):
+        with pytest.raises(UserError, match="is an adapter; name each with a flag of its own, as in --adapter FILE"):
+            refuse_files(["a cat", prompt])
+    refuse_files(["a cat", str(tmp_path / "gone.safetensors"), "a = b", f"{'a' * 300}.safetensors"])
 
 
 @pytest.mark.slow

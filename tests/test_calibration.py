@@ -1,6 +1,7 @@
 """Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -377,6 +378,23 @@ def test_strengths_by_pictures_are_whole_where_nothing_else_is_better_and_stop()
     stop.set()
     with pytest.raises(Interrupted, match="stopped while strengths were looked for"):
         suggested_on_pictures(losses, {"a": 0.5, "b": 0.5}, stop)
+
+
+@pytest.mark.parametrize(
+    "on, value, said",
+    [
+        ({}, 0.0, "pictures of a is 0 on the base"),
+        ({"b"}, math.nan, "pictures of b is nan with b on"),
+        ({"a", "b"}, math.inf, "pictures of a is inf with a and b on"),
+    ],
+)
+def test_strengths_by_pictures_need_finite_losses(on: set[str], value: float, said: str) -> None:
+    class Broken(_Bowl):
+        def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
+            return value if set(amounts) == set(on) else super().loss(name, amounts)
+
+    with pytest.raises(UserError, match=said):
+        suggested_on_pictures(Broken({"a": 1.0, "b": 1.0}, ((1.0, 0.0), (0.0, 1.0))), {"a": 0.5, "b": 0.5})
 
 
 def test_shares_are_least_inside_their_bounds() -> None:

@@ -406,7 +406,7 @@ def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, t
     ("changes", "words"),
     [
         ({"adapters": ()}, "name the adapters to compose"),
-        ({"data": ("ink",)}, "there are 2 adapters and 1 folders of pictures"),
+        ({"data": ("ink",)}, "2 adapters and 1 folder of pictures"),
         ({"adapters": ("ink.safetensors",), "data": ("ink",)}, "gates share out between adapters; give 2 or more"),
         ({"kind": "strengths", "balance": 0.1}, "--balance is for gates; strengths are always free"),
         ({"adapters": ("ink.safetensors", "ink.safetensors")}, "are the same adapter; give each once"),

@@ -270,6 +270,16 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*nowhere.*has the folders: there"):
         (tmp_path / "there").mkdir()
         scan(tmp_path / "nowhere")
+    for number in range(10):
+        (tmp_path / f"there{number}").mkdir()
+        (tmp_path / f".hidden{number}").mkdir()
+    with pytest.raises(UserError, match=r"has the folders: there, there0, there1, .*there6 and 3 more$"):
+        scan(tmp_path / "nowhere")
+    (tmp_path / "ink.safetensors").touch()
+    with pytest.raises(
+        UserError, match=r"ink.safetensors=0.5 is an adapter and no folder of pictures; .* with commas between"
+    ):
+        scan(tmp_path / "ink.safetensors=0.5")
     with pytest.raises(UserError, match=r"no picture in .*empty"):
         scan(tmp_path / "there")
     with pytest.raises(UserError, match="is a file"):

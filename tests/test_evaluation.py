@@ -2,9 +2,11 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import judges_of_transformers
@@ -15,6 +17,7 @@ from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
+from safetensors.torch import save_file
 
 from peft_diffusion import Adapters, PictureLosses, UserError
 from peft_diffusion.bases import embedded, load_base
@@ -23,7 +26,7 @@ from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
-from peft_diffusion.evaluation.evaluate import _case, evaluate
+from peft_diffusion.evaluation.evaluate import _case, _together, evaluate
 from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, prompt_of, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, below, estimate, estimate_share, quantile
 from peft_diffusion.evaluation.judge import Judge
@@ -436,10 +439,38 @@ def test_strengths_that_go_together_are_measured_by_the_losses_of_both(
     told = adapters.report(losses=losses, names=["ink", "flat"], sampling=config.sampling())
     assert told.suggested == pair.strengths and told.excess == pytest.approx(pair.rise, rel=1e-4, abs=1e-6)
     assert torch.equal(adapters._registry.states()["unet"].strengths.values, before)
-    with pytest.raises(UserError, match="no pictures of flat; name a folder"):
-        adapters.report(["a cat"], losses=PictureLosses.of(bench, {"ink": galleries["ink"]}), sampling=config.sampling())
+    stopped, few = threading.Event(), PictureLosses.of(bench, {"ink": galleries["ink"]})
+    stopped.set()  # so that anything drawn ends as interrupted
+    for prompts in ((), ["a cat"]):
+        with pytest.raises(UserError, match="no pictures of flat; name a folder"):
+            adapters.report(prompts, losses=few, sampling=config.sampling(), stop=stopped)
     with pytest.raises(UserError, match="pictures must be 1 or more"):
         PictureLosses.read(adapters, {"ink": ink}, pictures=0)
+
+
+def test_two_adapters_whose_losses_are_no_numbers_cost_no_other_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Losses:
+        def loss(self, name: str, amounts: dict[str, float]) -> float:
+            return math.nan if {"a", "c"} <= amounts.keys() else 1 + sum((one - 0.8) ** 2 for one in amounts.values())
+
+    monkeypatch.setattr(PictureLosses, "of", lambda *_: Losses())
+    told: list[Event] = []
+    base: Any = None
+    bench = Bench(base, Sampling(), (), told.append)
+    cases: list[Any] = [SimpleNamespace(name=one, gallery=None, at=lambda by, one=one: {one: by}) for one in "abc"]
+    found = _together(cases, bench)
+    assert [one.strengths for one in found] == [{"a": 0.8, "b": 0.8}, {"b": 0.8, "c": 0.8}]
+    (warned,) = (one.message for one in told if isinstance(one, Warned))
+    assert warned.startswith("there are no strengths at which a and c go together: the loss of the pictures of a is nan")
+
+
+def test_folders_are_those_of_the_longest_name(tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("a", "a=b")]
+    for file in files:
+        save_file({"lora_unet_conv_in.lora_up.weight": torch.zeros(1)}, file)
+    for several in (files, files[::-1]):
+        config = EvaluateConfig(tuple(several), data=("a=one", "a=b=two"))
+        assert config.folders("data") == {"a": Path("one"), "a=b": Path("two")}
 
 
 @pytest.mark.slow

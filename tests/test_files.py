@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.files import file_of, write_bytes, written_aside
+from peft_diffusion.core.files import file_of, files_below, write_bytes, written_aside
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -39,3 +39,19 @@ def test_an_error_names_the_file_and_not_what_was_aside(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", ["a.bin", ".a", ".a.b", ".123"])
 def test_names_of_others_are_not_taken_for_ours(name: str) -> None:
     assert file_of(name) is None
+
+
+def test_what_lies_below_a_folder_is_listed_by_links_too_and_without_what_is_hidden(tmp_path: Path) -> None:
+    shown, elsewhere = tmp_path / "shown", tmp_path / "elsewhere"
+    for path in ("ink", "sub/flat", "._ink", ".trash/old", "sub/.thumbnails/flat"):
+        (shown / path).parent.mkdir(parents=True, exist_ok=True)
+        (shown / path).touch()
+    elsewhere.mkdir()
+    (elsewhere / "line").touch()
+    (shown / "linked").symlink_to(elsewhere)
+    (shown / "round").symlink_to(shown)
+    (shown / "nowhere").symlink_to(tmp_path / "gone")
+    (shown / "a").mkdir()
+    (shown / "a" / "link").symlink_to(shown / "sub")  # which has a path of its own
+    found = [path.relative_to(shown).as_posix() for path in files_below(shown)]
+    assert found == ["ink", "linked/line", "nowhere", "sub/flat"]

@@ -29,9 +29,10 @@ from peft_diffusion.bases.base import checkpoint_sha256
 from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.cli import app, demo, parser
 from peft_diffusion.core import site
-from peft_diffusion.core.events import Event, Progress, Warned
+from peft_diffusion.core.events import Event, Noted, Progress, Warned
 from peft_diffusion.data.prompts import words_of
 from peft_diffusion.generation import recipe, sampler, sheet
+from peft_diffusion.generation.adapted import adapted
 from peft_diffusion.generation.blend import _distinct, _label, shares
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
@@ -443,6 +444,10 @@ def test_strengths_are_parsed_from_the_right(tmp_path: Path) -> None:
             parse_choice(f"{plain}{wrong}")
     with pytest.raises(UserError, match="no adapter file"):
         parse_choice(str(tmp_path / "k=v" / "missing"))
+    (tmp_path / "ink wash v1.2.safetensors").touch()
+    for near in ("ink wash v1.2", "Ink_Wash v1.2.safetensors=0.5"):
+        with pytest.raises(UserError, match=r"there is no adapter file .*; did you mean .*ink wash v1.2.safetensors\?$"):
+            parse_choice(str(tmp_path / near))
 
 
 def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> None:
@@ -451,6 +456,20 @@ def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> N
         sampler.size(describe(tiny_pipe), Sampling(width=72))
     with pytest.raises(UserError, match=r"16000x16000 is over the limit of 89,478,485 pixels"):
         sampler.size(describe(tiny_pipe), Sampling(width=16000, height=16000))
+
+
+@pytest.mark.slow
+def test_strengths_of_parts_in_which_an_adapter_changes_nothing_are_told(tiny_pipe: DiffusionPipeline, ink: Path) -> None:
+    for amount, said in {
+        "0.5,te:0.5,unet:1": "",
+        "mid:1,conv_in:0": "",
+        "te2:1": "changes nothing of text_encoder_2, so the strength that is said of it has no effect",
+        "conv_in:0.5": "changes nothing in conv_in, and has strength 0 in blocks that are not named",
+    }.items():
+        told: list[Event] = []
+        choices = parse_choices((f"{ink}={amount}",))
+        with adapted(tiny_pipe, choices, [()], told.append, lent=True, strict=False, fast=False):
+            assert [one.message for one in told if isinstance(one, Noted)] == ([f"{ink} {said}"] if said else [])
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from test_batching import numbers
 from test_fast_generation import CUDA
 from test_fast_generation import carry as fast_carry
 from test_formats import write_adapter
+from test_registry import write_words
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +45,7 @@ from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.generation.telling import Telling
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.prompt import SoftPrompt
 
 
 def halves(height: int, width: int, pictures: int = 1) -> Tensor:
@@ -504,13 +508,30 @@ def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
         adapters.batch([Request("a dog", regions=[Region(box=(0, 0, 1, 1), adapter=("ink=1", "ink=0.5"))])])
 
 
+def test_a_colour_that_is_not_painted_is_told_with_those_that_are_and_a_box_beyond_a_picture_with_what_it_loses(
+    tmp_path: Path,
+) -> None:
+    painted = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    painted.paste((255, 0, 0, 128), (0, 0, 2, 4))
+    painted.save(tmp_path / "painted.png")
+    with pytest.raises(UserError, match=r"has nothing of the colour #ff0000; most of it is #ffffff, #ff7f7f$"):
+        Area.of(Region(painted=tmp_path / "painted.png", color="#ff0000"))
+    boxes = [(0.0, 0.0, 64.0, 64.0), (0.0, 0.0, 1.0, 1.0), (32.0, 0.0, 512.0, 64.0)]
+    division = Division(tuple(DrawnRegion(Area(box)) for box in boxes))
+    assert division.cut(512, 64) == []
+    assert division.cut(64, 64) == ["region 3 of 3 reaches beyond a picture of 64x64: its box 32,0,512,64 is cut off there"]
+
+
 @pytest.mark.slow
 def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
     common: dict[str, Any] = {"steps": 1, "device": "cpu", "output": tmp_path / "a"}
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     for region, message in (
         ("box=64,0,96,64", "region 1 of 1 holds nothing of a picture of 64x64: its box 64.0,0.0,96.0,64.0 lies outside"),
-        (f"mask={tmp_path / 'black.png'}", "region 1 of 1 holds nothing of a picture of 64x64: its mask is black"),
+        (
+            f"mask={tmp_path / 'black.png'}",
+            "region 1 of 1 holds nothing of a picture of 64x64: its mask is black; white is the",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             generate(GenerateConfig("a dog", region=region, **common), pipe=tiny_pipe)
@@ -530,6 +551,10 @@ def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(
     for prompt in ("a red cat a red dog", "a [red:blue:0.5] cat <hypernet:x:1> a red dog"):
         found = concepts_of(adapters, Cell(prompt, 0, {"ink": 1.0, "flat": 1.0}), telling)
         assert [(one.name, one.tokens) for one in found] == [("ink", (2,)), ("flat", (5, 6))]
+    adapters.load(write_words(tmp_path / "soft.safetensors", SoftPrompt(3, "red")), name="soft")
+    for strength in (1.0, 0.0):  # whatever the picture before had
+        found = concepts_of(adapters, Cell("a red cat a red dog", 0, {"ink": 1.0, "flat": 1.0, "soft": strength}), telling)
+        assert [one.tokens for one in found] == ([(5,), (8, 9)] if strength else [(2,), (5, 6)])
 
 
 @pytest.mark.slow
@@ -541,8 +566,12 @@ def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Pat
         generate(config, pipe=tiny_pipe)
     attention.processor = processor
     tiny_pipe.unet = torch.compile(plain)
-    with pytest.raises(UserError, match=r"a network that torch\.compile compiled knows no regions"):
+    compiled = r"a network that torch\.compile compiled knows no regions"
+    with pytest.raises(UserError, match=compiled):
         generate(config, pipe=tiny_pipe)
+    plain.mid_block.compile()
+    with pytest.raises(UserError, match=compiled), regional_attention.attending([plain]):
+        pass
     with pytest.raises(UserError, match="--compose switch has no place"):
         replace(config, compose="switch")
     request = Request("a dog", sampling=Sampling(compose="composite"), regions=[Region(box=(0, 0, 1, 1))])
@@ -640,6 +669,28 @@ def test_an_adapter_of_a_norm_reads_what_is_normalized_by_region(method: str) ->
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_that_computes_keeps_no_other_from_regions() -> None:
+    waits, done = threading.Event(), threading.Event()
+
+    @contextmanager
+    def computing() -> Iterator[None]:  # as the engine of a network that another thread computes with
+        waits.set()
+        assert done.wait(20)
+        yield
+
+    def draw() -> None:
+        with regional_attention.attending([nn.ModuleList([nn.GroupNorm(2, 6)])], computing):
+            pass
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        assert waits.wait(20) and not regional_attention._lock.locked()
+    finally:
+        done.set()
+        other.join()
+
+
 def test_threads_that_draw_with_regions_leave_norms_as_they_were() -> None:
     network = nn.ModuleList([nn.GroupNorm(2, 6)])
     with regional_attention.attending([network]):
@@ -664,10 +715,14 @@ def test_subjects_are_kept_apart_by_default_and_what_only_prompts_say_is_not() -
 
 def test_norms_that_are_computed_otherwise_are_refused() -> None:
     network = nn.Sequential(nn.GroupNorm(2, 6))
-    regional_attention.refuse_unknown_norms([network])
+    with regional_attention.attending([network], norms_apart=True):
+        pass
     network[0].forward = network[0].forward  # as hooks that move weights from call to call do
-    with pytest.raises(UserError, match="the norm 0 is moved from call to call"):
-        regional_attention.refuse_unknown_norms([network])
+    moved = pytest.raises(UserError, match="the norm 0 is moved from call to call")
+    with moved, regional_attention.attending([network], norms_apart=True):
+        pass
+    with regional_attention.attending([network]):  # where all regions are normalized together
+        pass
 
 
 def test_a_copy_made_while_regions_are_drawn_holds_plain_norms_and_attention() -> None:

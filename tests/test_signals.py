@@ -29,7 +29,7 @@ from peft_diffusion.methods import method
 from peft_diffusion.training import Interrupted
 from peft_diffusion.training import run as runs
 from peft_diffusion.training.attachment import at_strength
-from peft_diffusion.training.record import run_record
+from peft_diffusion.training.record import recorder, run_record
 from peft_diffusion.training.record.measurements import Measurement, best_step, measurements, verdict
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
@@ -123,6 +123,24 @@ def test_patience_ends_a_run_after_measurements_without_a_lower_loss() -> None:
     assert loop.run()
     assert loop.step == 8 and [state.step for state in log.states] == [4, 8]
     assert loop.run() and loop.step == 8
+
+
+def test_plots_are_drawn_with_the_first_checkpoint_at_times_and_at_the_end(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+
+    def draw(_: Path, metrics: list[dict[str, Any]]) -> None:
+        drawn.append([line["step"] for line in metrics if "loss" in line])
+
+    monkeypatch.setattr(recorder, "draw", draw)
+    monkeypatch.setattr(recorder, "_SECONDS", math.inf)
+    train(small(pictures, tmp_path / "a", steps=3, save_every=1), pipe=make_pipe())
+    assert drawn == [[1], [1, 2, 3]]
+    drawn.clear()
+    monkeypatch.setattr(recorder, "_SECONDS", 0.0)
+    train(small(pictures, tmp_path / "b", steps=3, save_every=1), pipe=make_pipe())
+    assert [one for number, one in enumerate(drawn) if one not in drawn[:number]] == [[1], [1, 2], [1, 2, 3]]
 
 
 def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone(

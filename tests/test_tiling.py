@@ -14,6 +14,7 @@ from peft_diffusion import Adapters, GenerateConfig, UserError, generate
 from peft_diffusion.core import site
 from peft_diffusion.generation import recipe as recipes
 from peft_diffusion.generation.hires import Hires
+from peft_diffusion.generation.regions import Area, Division, DrawnRegion
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling, Tile
 from peft_diffusion.generation.tiling import seamless
@@ -24,17 +25,26 @@ from peft_diffusion.methods.lora import Lora
 RANDN = torch.randn
 
 
-def drawn(pipe: DiffusionPipeline, moved: tuple[int, int], **told: Any) -> np.ndarray:
-    """The picture from noise that is moved by latents, (down, right); both passes start from moved noise."""
+def drawn(pipe: DiffusionPipeline, moved: tuple[int, int], divided: bool = False, **told: Any) -> np.ndarray:
+    """The picture from noise that is moved by latents, (down, right), and its region; both passes begin in moved noise."""
 
     def rolled(shape: Any, **kinds: Any) -> torch.Tensor:
         noise = RANDN(shape, **kinds)
         share = noise.shape[-1] // 8  # of the second pass, twice as far
         return noise.roll((moved[0] * share, moved[1] * share), (2, 3))
 
+    adapters, cell = Adapters(pipe), Cell("a cat", 1, None)
+    if divided:
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:48, :32] = 255
+        area = Area(None, Image.fromarray(np.roll(mask, (moved[0] * 8, moved[1] * 8), (0, 1))))
+        whole, there = {"one": 0.0, "two": 0.5}, {"one": 1.0, "two": 0.0}
+        cell = Cell("a cat", 1, whole, None, Division((DrawnRegion(area, "a dog", there),), 0.3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", rolled)
-        (image,) = paint(Adapters(pipe), [Cell("a cat", 1, None)], Sampling(steps=2, width=64, height=64, **told))
+        (image,) = paint(adapters, [cell], Sampling(**{"steps": 2, "width": 64, "height": 64, **told}))
+    if divided:
+        adapters.set(one=1.0, two=1.0)
     return np.asarray(image, int)
 
 
@@ -67,6 +77,14 @@ def test_what_is_moved_around_the_edges_is_the_same_picture_moved(
 ) -> None:
     assert along is None or off(pipe, along, tile=tile) <= 1
     assert across is None or off(pipe, across, tile=tile) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tile", "along"), [("both", (2, 4)), ("x", (0, 6))])
+def test_a_region_that_is_moved_around_the_edges_is_feathered_and_acts_there_too(
+    pipe: DiffusionPipeline, tile: Tile, along: tuple[int, int]
+) -> None:
+    assert off(pipe, along, tile=tile, divided=True, steps=1) <= 1
 
 
 @pytest.mark.slow

@@ -20,9 +20,12 @@ from ..core import regions
 from ..core.errors import UserError
 from ..core.regions import Layout, RegionalNorm
 from ..core.site import AdaptedSite, base_class, rebase
+from ..core.slot import walk
+from .pipelines import uncompiled
 
 _KNOWN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor)
 _PARTS = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+COMPILED = "a network that torch.compile compiled knows no regions; draw them with the plain one"
 MASKED = "attention has a mask of its own, which regions know nothing of; leave regions away"
 _lock = threading.Lock()
 _norms: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # how many draw with each by region
@@ -176,30 +179,6 @@ def usual_class(module: nn.Module) -> tuple[type[nn.Module], bool]:
     return nn.GroupNorm if own is RegionalNorm else own, isinstance(module, AdaptedSite)
 
 
-def refuse_unknown_norms(networks: Sequence[nn.Module]) -> None:
-    """See that group norms can normalize regions each by itself.
-
-    Args:
-        networks: Those that compute the pictures.
-
-    Raises:
-        UserError: A norm is computed otherwise than by its class.
-    """
-    for path, module in (found for network in networks for found in network.named_modules()):
-        if not isinstance(module, nn.GroupNorm):
-            continue
-        moved = "forward" in vars(module)
-        if moved or not _is_known_norm(module):
-            how = "moved from call to call, as --offload sequential does" if moved else f"a {base_class(module).__name__}"
-            raise UserError(
-                f"the norm {path} is {how}, so regions cannot be normalized each by itself; leave their adapters away"
-            )
-
-
-def _is_known_norm(norm: nn.GroupNorm) -> bool:
-    return base_class(norm) is nn.GroupNorm or issubclass(base_class(norm), RegionalNorm)
-
-
 def is_usual(attention: Any) -> bool:
     """Tell whether an attention has no norms and factors of its own.
 
@@ -282,26 +261,26 @@ def _mixed(found: Mapping[int, Tensor], shares: Tensor) -> Tensor:
 
 @contextmanager
 def attending(
-    networks: Sequence[nn.Module], changing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    networks: Sequence[nn.Module],
+    changing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    norms_apart: bool = False,
 ) -> Iterator[None]:
     """Have the attention and the group norms of networks know regions inside.
 
     Args:
         networks: The network that denoises, and those beside it.
         changing: Keeps others from changing how the networks attend meanwhile.
+        norms_apart: Whether regions are normalized each by itself.
 
     Yields:
         Once; afterwards they attend as before.
 
     Raises:
-        UserError: They attend in a way that knows no regions.
+        UserError: They attend, or where it matters normalize, in a way that knows no regions, or are compiled.
     """
     with changing(), _lock:  # in which no norm is fused with what follows it
-        modules = [one for network in networks for one in network.modules()]
-        attentions: list[Any] = [one for one in modules if isinstance(one, Attention)]
-        norms = [one for one in modules if usual_class(one)[0] is nn.GroupNorm]
-        for attention in attentions:
-            _refuse_unusual(attention)
+        attentions, norms = _parts(networks, norms_apart)
         for attention in attentions:
             if not isinstance(attention.processor, RegionalAttention):
                 attention.processor = RegionalAttention(attention.processor)
@@ -325,6 +304,24 @@ def attending(
                     del _norms[norm]
 
 
+def _parts(networks: Sequence[nn.Module], norms_apart: bool) -> tuple[list[Any], list[nn.Module]]:
+    """The attentions and the plain group norms of networks. Raises UserError for what knows no regions."""
+    attentions: list[Any] = []
+    norms: list[nn.Module] = []
+    for path, module in (found for network in networks for found in walk(network)):
+        if module._compiled_call_impl is not None or uncompiled(module) is not module:
+            raise UserError(COMPILED)
+        if isinstance(module, Attention):
+            _refuse_unusual(module)
+            attentions.append(module)
+        elif isinstance(module, nn.GroupNorm):
+            if norms_apart:
+                _refuse_unusual_norm(path, module)
+            if usual_class(module)[0] is nn.GroupNorm:
+                norms.append(module)
+    return attentions, norms
+
+
 def _refuse_unusual(attention: Any) -> None:
     """Raise UserError where an attention is not that of a UNet as diffusers makes it."""
     kind = type(unwrapped(attention.processor))
@@ -332,4 +329,14 @@ def _refuse_unusual(attention: Any) -> None:
         raise UserError(
             f"attention is computed by {kind.__name__}, which knows no regions: leave regions away, or IP-Adapters,"
             " xFormers and fused projections"
+        )
+
+
+def _refuse_unusual_norm(path: str, norm: nn.GroupNorm) -> None:
+    """Raise UserError where a norm is computed otherwise than by its class."""
+    moved = "forward" in vars(norm)
+    if moved or usual_class(norm)[0] is not nn.GroupNorm:
+        how = "moved from call to call, as --offload sequential does" if moved else f"a {base_class(norm).__name__}"
+        raise UserError(
+            f"the norm {path} is {how}, so regions cannot be normalized each by itself; leave their adapters away"
         )

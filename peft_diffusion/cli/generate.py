@@ -11,8 +11,8 @@ from .terminal import say
 def generate(config: GenerateConfig) -> None:
     """Make pictures from prompts, with any number of adapters.
 
-    Every prompt is drawn with every seed, and the same seed gives the same picture whatever else is drawn with it. Each
-    file carries its whole recipe, from which --recipe makes the picture again.
+    Every prompt is drawn with every seed, and the same seed gives the same picture, up to rounding, whatever else is drawn
+    with it. Each file carries its whole recipe, from which --recipe makes the picture again.
     """
     config.check()  # before torch is imported, which takes seconds
     import_lean(config.base, config.quantize, config.control, config.recipe)

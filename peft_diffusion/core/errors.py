@@ -57,6 +57,20 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     Returns:
         "; did you mean 'NAME'?"; empty where none is near, and where what stood there is no text.
     """
+    near = nearest(given, known) if isinstance(given, str) else None
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """Find the name that another is nearest to, whatever the case of its letters.
+
+    Args:
+        given: What stood there.
+        known: The names.
+
+    Returns:
+        One of them; None where none is near.
+    """
     names = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(given.casefold(), names, 1) if isinstance(given, str) else []
-    return f"; did you mean {names[near[0]]!r}?" if near else ""
+    found = difflib.get_close_matches(given.casefold(), names, 1)
+    return names[found[0]] if found else None

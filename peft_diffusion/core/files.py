@@ -296,3 +296,31 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         return path
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List what lies in a folder and in those below it. Links are followed, to each folder once.
+
+    A folder that is there itself is listed by its own path, whatever links lead to it: files are named by paths.
+
+    Hidden files and folders are left out, as every program lists folders: those are waste baskets, thumbnails, checkpoints
+    of notebooks, and the ``._NAME`` that macOS writes beside each NAME on foreign disks.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Everything that is no folder, sorted; also links that lead nowhere, pipes and devices.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    waiting = [folder]
+    for start in waiting:  # which grows by the links that are met
+        for place, folders, files in os.walk(start):
+            real = Path(place).resolve()
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(place) / name for name in folders if (Path(place) / name).is_symlink()]
+            if real not in seen:
+                seen.add(real)
+                found += [Path(place) / name for name in files if not name.startswith(".")]
+    return sorted(found)

@@ -283,9 +283,8 @@ def needed() -> Any:
         UserError: It is not installed.
     """
     try:
-        if (
-            "bitsandbytes" not in sys.modules
-        ):  # this is asked for each layer, and a level that is set empties all loggers' caches
+        # This is asked for each layer, and a level that is set empties the caches of all loggers.
+        if "bitsandbytes" not in sys.modules:
             with _quiet("bitsandbytes"):  # which misses faster kernels for a path that is not taken here
                 import bitsandbytes
         import bitsandbytes

@@ -37,6 +37,8 @@ class Layout:
         isolated: Of each picture, whether its regions attend to themselves alone.
         norm_groups: How many groups of regions are normalized each by itself; 1 where all are together, as without regions.
         shown: The numbers of those regions that any picture has.
+        ring: Where a convolution runs over the edges of a map, which meet: along height and width, where the map begins in
+            what it gives, and how long it is. None elsewhere.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Layout:
         self.networks = tuple(networks)
         self.pictures, self.count = masks.shape[:2]
         self.isolated = (False,) * self.pictures
+        self.ring: tuple[tuple[int, int], tuple[int, int]] | None = None
         there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
         self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
         self._reads_text = False
@@ -177,8 +180,13 @@ class Layout:
         Returns:
             (pictures, regions, height, width), float32.
         """
-        found = self._maps.get((height, width))
-        return F.interpolate(self.masks, (height, width), mode="area") if found is None else found
+        (top, own_height), (left, own_width) = self.ring or ((0, height), (0, width))
+        found = self._maps.get((own_height, own_width))
+        found = F.interpolate(self.masks, (own_height, own_width), mode="area") if found is None else found
+        if (own_height, own_width) == (height, width):
+            return found
+        beyond = (left, width - left - own_width, top, height - top - own_height)
+        return F.pad(found, beyond, mode="circular")
 
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         """Mix the strengths of regions by their masks, as they multiply an output.
@@ -238,14 +246,15 @@ class Layout:
         each = each.unflatten(1, (norm.num_groups, -1)).flatten(3)
         # Of what lies at one position first: squares of means that lie far apart would drown a small variance. And sums
         # in place of products of matrices, which autocast and TF32 would round.
-        varied, middle = torch.var_mean(each, 2, correction=0)  # (batch, groups of channels, positions)
+        middle = each.mean(2)  # (batch, groups of channels, positions)
+        varied = (each - middle[:, :, None]).square_().mean(2)
         mean = (middle[:, :, None] * shares).sum(3, keepdim=True)
         off = (middle[:, :, None] - mean).square() + varied[:, :, None]
         scale = (off * shares).sum(3, keepdim=True).add(norm.eps).rsqrt()
         factor, less = (scale * masks).sum(2), (mean * scale * masks).sum(2)
-        found: Tensor = (each * factor[:, :, None] - less[:, :, None]).unflatten(3, size).flatten(1, 2)
+        found: Tensor = (each * factor[:, :, None]).sub_(less[:, :, None]).unflatten(3, size).flatten(1, 2)
         if norm.affine and not plain:
-            found = found * norm.weight[:, None, None] + norm.bias[:, None, None]
+            found.mul_(norm.weight[:, None, None]).add_(norm.bias[:, None, None])
         return found.to(x.dtype)
 
     def by_region(self, told: Tensor) -> Tensor:

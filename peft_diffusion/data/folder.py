@@ -59,6 +59,7 @@ _SOURCE_WORDS: dict[Source, str] = {
 _COMPANIONS = re.compile(
     r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?|.*\.(md|safetensors)"
 )
+_FOLDERS_SHOWN = 8
 _NO_CAPTION: tuple[str, Source] = "", "none"
 _LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 _CONVERTIBLE = (picture_names.SUFFIXES | picture_names.CONVERTIBLE) - SUFFIXES
@@ -286,9 +287,15 @@ def _folder(root: Path) -> Path:
         raise UserError(f"the name of the folder {_shown(str(root))} is not UTF-8; rename it")
     if root.is_file():
         raise UserError(f"{root} is a file: name the folder that holds the pictures")
+    if not root.is_dir() and Path(str(root).rpartition("=")[0]).is_file():
+        raise UserError(
+            f"{root} is an adapter and no folder of pictures; a flag takes several with commas between: A=0.7,B=0.5"
+        )
     if not root.is_dir():
         near = next((parent for parent in root.absolute().parents if parent.is_dir()), Path("/"))
-        there = ", ".join(sorted(path.name for path in near.iterdir() if path.is_dir())[:8])
+        names = sorted(path.name for path in near.iterdir() if path.is_dir() and not _hidden(path.name))
+        more = f" and {len(names) - _FOLDERS_SHOWN} more" if len(names) > _FOLDERS_SHOWN else ""
+        there = ", ".join(names[:_FOLDERS_SHOWN]) + more
         raise UserError(f"there is no folder {root}; {near} has the folders: {there or 'none'}")
     return root
 

@@ -88,7 +88,7 @@ _LISTS = frozenset((".txt", ".csv", ".tsv", ".json", ".jsonl", ".toml", ".yaml",
 
 
 def refuse_files(prompts: Sequence[str], instead: str = "give each prompt in quotes") -> None:
-    """See that no prompt is the name of a file of prompts, as sd-scripts takes it: the name would be drawn.
+    """See that no prompt names a file of prompts, as sd-scripts takes it, or of an adapter: the name would be drawn.
 
     Args:
         prompts: As they were given.
@@ -101,6 +101,9 @@ def refuse_files(prompts: Sequence[str], instead: str = "give each prompt in quo
         path = Path(prompt)
         if path.suffix.lower() in _LISTS and len(prompt) < 256 and path.is_file():
             raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; {instead}")
+        named = [one for one in (prompt, prompt.rpartition("=")[0]) if one.endswith(".safetensors")]
+        if any(len(one) < 256 and Path(one).is_file() for one in named):
+            raise UserError(f"the prompt {prompt!r} is an adapter; name each with a flag of its own, as in --adapter FILE")
 
 
 def in_words(prompts: Sequence[str], tell: Observer) -> list[str]:

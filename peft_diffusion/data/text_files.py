@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..core.encodings import unicode_text
 from ..core.errors import UserError
-from ..core.files import regular
+from ..core.files import files_below, regular
 from ..core.wording import number_of
 
 _COMPANIONS = re.compile(r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?")
@@ -80,12 +80,10 @@ def read_texts(places: Sequence[Path]) -> Texts:
 
 
 def _read_folder(folder: Path, documents: list[Document], left_out: list[str]) -> None:
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.exists() and not path.is_file():
             left_out.append(f"{name} is no ordinary file")
-        elif path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
         elif path.suffix.lower() != ".txt":
             left_out.append(f"{name} is no .txt file")
         elif _COMPANIONS.fullmatch(path.stem):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import UserError, did_you_mean
-from ..core.files import at_home
+from ..core.files import at_home, files_below
 from ..core.shortening import brief
 from .prompt_lines import lines_of
 
@@ -45,7 +45,7 @@ class Wildcards:
         """The files by the names that prompts call them, without the ending and in small letters."""
         if self.folder is None:
             return {}
-        found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() == ".txt" and path.is_file())
+        found = [path for path in files_below(self.folder) if path.suffix.lower() == ".txt" and path.is_file()]
         return {path.relative_to(self.folder).with_suffix("").as_posix().casefold(): path for path in found}
 
     @cached_property

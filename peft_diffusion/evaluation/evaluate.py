@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..bases.embedded import embedded
 from ..bases.pipelines import Pipeline
+from ..core.errors import UserError
 from ..core.events import Ended, Never, Noted, Observer, Stop, Warned, check_stop, observed
 from ..core.files import explained, write_bytes
 from ..core.settings import of_kind
@@ -323,11 +324,15 @@ def _together(cases: Sequence[Case], bench: Bench) -> tuple[GoTogether, ...]:
         return ()
     losses = PictureLosses.of(bench, {case.name: case.gallery for case in cases})
     found = []
-    for pair in itertools.combinations(cases, 2):
-        best = suggested_on_pictures(
-            losses, {name: amount for case in pair for name, amount in case.at(1.0).items()}, bench.stop
-        )
-        found.append(GoTogether(best.strengths, best.excess, best.excess_whole))
+    for first, second in itertools.combinations(cases, 2):
+        pair = f"strengths at which {first.name} and {second.name} go together"
+        bench.tell(Noted(f"looking for {pair}"))  # which takes minutes on a CPU
+        try:
+            best = suggested_on_pictures(losses, {**first.at(1.0), **second.at(1.0)}, bench.stop)
+        except UserError as problem:  # which is no reason to lose all that was measured
+            bench.tell(Warned(f"there are no {pair}: {problem}"))
+        else:
+            found.append(GoTogether(best.strengths, best.excess, best.excess_whole))
     return tuple(found)
 
 

@@ -203,8 +203,10 @@ class EvaluateConfig(NamesAdapters):
             )
         found: dict[str, Path] = {}
         for place, text in enumerate(texts):
-            name, equals, folder = text.partition("=")
-            if not (equals and name in names and not at_home(Path(text)).is_dir()):
+            # Names have = in them too: of a and a=b the longer one is meant.
+            name = max((one for one in names if text.startswith(f"{one}=")), key=len, default=None)
+            folder = text if name is None else text[len(name) + 1 :]
+            if name is None or at_home(Path(text)).is_dir():
                 if place >= len(names):
                     raise UserError(f"--{of} {text}: there are {len(names)} adapters, and this is folder {place + 1}")
                 name, folder = names[place], text

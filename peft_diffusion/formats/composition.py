@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ..core.files import at_home
+from ..core.files import at_home, files_below
 from ..core.learned_kinds import LEARNED_KINDS
 from ..core.parsing import json_value, refusing
 from . import container
@@ -94,7 +94,7 @@ class CompositionSpec:
         Raises:
             UserError: One is not there, or is another than it was.
         """
-        further = [] if folder is None else sorted(at_home(folder).rglob("*"))
+        further = [] if folder is None else files_below(at_home(folder))
         candidates = [path for path in (*given, *sorted(self.path.parent.iterdir()), *further) if path.is_file()]
         return tuple(self._found(member, candidates) for member in self.adapters)
 

@@ -439,7 +439,7 @@ def planned(
             f" peft-diffusion runs export {shlex.quote(str(header.path))} --output NAME.safetensors"
         )
     if container.COMPOSITION in header.metadata:
-        raise UserError(f"{header.path} composes adapters and is none; give it with --compose-file")
+        raise UserError(f"{header.path} composes adapters and is none; give it with --compose-file, to what draws")
     spec = Spec.from_metadata(header.metadata, str(header.path))
     read = _read(header, component, word)
     found = Plan(header, spec, read.layouts, read.sites, read.unread, read.warnings, loaded, component, word)

@@ -1,14 +1,20 @@
 """A base with the adapters of a call: loaded from their files, and taken off again where the base is the caller's."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..bases import LanguageModel
+from torch import nn
+
+from ..bases import LanguageModel, components
+from ..bases import family as families
 from ..bases.base import frozen
+from ..core.block_names import weighed
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Warned
+from ..core.site import sites
+from ..core.strength_schedule import ByPart
 from .adapters import Adapters
 from .kept import Kept
 from .settings import Choice
@@ -63,6 +69,8 @@ def adapted(
                     name = kept.load(choice, strict=strict, warn=warner(tell))
                 names.append(name)
                 _tell_triggers(adapters, names[-1], drawn, tell)
+                if kept is None and choice.parts is not None:
+                    _tell_idle(components(base), name, choice, choice.parts, tell)
             with _quick(adapters, fast, tell, lent=lent):
                 yield adapters, names
         finally:
@@ -130,6 +138,21 @@ def _tell_triggers(adapters: Adapters, name: str, prompts: Sequence[str], tell: 
         if triggers and not any(contains(prompt, trigger) for trigger in triggers):
             words = " or ".join(f'"{trigger}"' for trigger in triggers)
             tell(Noted(f'{loaded.path} is called by {words}, which the prompt "{prompt}" does not contain'))
+
+
+def _tell_idle(base: Mapping[str, nn.Module], name: str, choice: Choice, parts: ByPart, tell: Observer) -> None:
+    """Tell of strengths of components and blocks in which an adapter changes nothing."""
+    changed = {component: tuple(found) for component, module in base.items() if (found := sites(module, name))}
+    by_role: dict[str | None, list[str]] = {}  # as `te` means the encoders of all bases
+    for component in parts.components:
+        by_role.setdefault(families.role_of(component), []).append(component)
+    for role, named in by_role.items():
+        if not changed.keys() & set(named):
+            what = f"nothing of {named[0]}" if len(named) == 1 else f"no {role}"
+            tell(Noted(f"{choice.path} changes {what}, so the strength that is said of it has no effect"))
+    if parts.blocks and not any(weighed(parts.blocks, paths) for paths in changed.values()):
+        blocks = " and ".join(parts.blocks)
+        tell(Noted(f"{choice.path} changes nothing in {blocks}, and has strength 0 in blocks that are not named"))
 
 
 def contains(prompt: str, trigger: str) -> bool:

@@ -769,8 +769,8 @@ class Adapters:
             Sizes against the weights and outputs, overlaps, conflicts, and suggested strengths.
 
         Raises:
-            UserError: There is no adapter or none of that name, one has no prompts where others have, adapters are merged,
-                or with prompts the base is a language model.
+            UserError: There is no adapter or none of that name, one has no prompts or pictures where others have, adapters
+                are merged, with prompts the base is a language model, or a loss is no finite number.
             Interrupted: It was stopped.
         """
         from .overlap import measured
@@ -784,6 +784,8 @@ class Adapters:
         if not prompts and losses is None:
             return measured(components(self.pipe), chosen)
         self._denoising()
+        if lacking := [name for name in chosen if losses is not None and not losses.prompts.get(name)]:
+            raise UserError(f"there are no pictures of {', '.join(lacking)}; name a folder for each adapter")
         from .overlap_drawing import drawn, own_prompts  # these import diffusers
         from .settings import Sampling as Usual
 

@@ -1,5 +1,6 @@
 """Pictures as they were asked for: each prompt with what it leaves open, which adapters it names, and what its line says."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby
@@ -21,7 +22,7 @@ from .recipe import UsedRegion
 from .regions import Area, Division, DrawnRegion, parse_area
 from .retrieval import Retrieval
 from .sampler import Cell
-from .settings import BlendConfig, Choice, GenerateConfig, Key, Sampling, parse_choice, with_plans
+from .settings import BlendConfig, Choice, GenerateConfig, Key, Sampling, is_there, parse_choice, with_plans
 from .tags import Shelf, Tag, take
 
 S = TypeVar("S", bound=Sampling)
@@ -438,12 +439,15 @@ def _alike(choice: Choice, known: Sequence[Choice]) -> Choice:
 
 def _in_region(text: str, shelf: Shelf) -> Choice:
     """An adapter of a region: a file, or the name of one given or of the folder. Raises UserError."""
-    name, _, told = text.partition("=")
-    if any(one.name.casefold() == name.casefold() for one in shelf.given) or (shelf.folder and not Path(name).exists()):
-        found = shelf.find(name)
-        strength, parts = amounts.parse(told, name) if told else (1.0, None)
-        return replace(found, strength=strength, parts=parts)
-    return parse_choice(text)
+    ends = [len(text), *(match.start() for match in reversed(list(re.finditer("=", text))))]  # names have = in them too
+    name = next((text[:end] for end in ends if shelf.is_given(text[:end])), None)
+    if name is None and shelf.folder is not None and not any(is_there(text[:end]) for end in ends):
+        name = next((text[:end] for end in ends if shelf.holds(text[:end])), text.rpartition("=")[0] or text)
+    if name is None:
+        return parse_choice(text)
+    found, told = shelf.find(name, f"adapter={brief(name)} of a region"), text[len(name) + 1 :]
+    strength, parts = amounts.parse(told, name) if told else (1.0, None)
+    return replace(found, strength=strength, parts=parts)
 
 
 def _of_line(config: GenerateConfig, prompt: str, told: Mapping[str, Any]) -> GenerateConfig:

@@ -25,7 +25,7 @@ from ..core.strength_schedule import ByPart
 from ..data.prompts import words_of
 from .adapted import contains
 from .regions import Area, Division, DrawnRegion
-from .sampler import Cell, probed, size
+from .sampler import Cell, probed, set_strengths, size
 from .settings import GenerateConfig
 from .source import Source
 from .telling import Telling, triggers
@@ -113,7 +113,7 @@ def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Conc
     """Find the adapters that a prompt calls, and where; the words of a trigger in a longer one of another adapter call that.
 
     Args:
-        adapters: Those on the base.
+        adapters: Those on the base. They have the strengths of the picture afterwards.
         cell: The picture.
         telling: How its prompt is read.
 
@@ -124,6 +124,7 @@ def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Conc
         UserError: They are not two or more.
     """
     (tokenizer, _), *_ = telling.text.pairs
+    set_strengths(adapters, [cell])  # on which it depends which soft prompts stand before the words
     read = telling.text.tokenized([words_of(cell.prompt).text])["ids_0"][0].tolist()
     spans: dict[str, set[range]] = {}
     for name, amount in (cell.strengths or {}).items():

@@ -5,12 +5,14 @@ other on real ones, where what one changes may mend what the other left wrong. S
 losses are measured. A loss is nearly quadratic in strengths, so that a few mixes tell where it is least.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Protocol
 
 import torch
 
+from ..core.errors import UserError
 from ..core.events import Never, Stop, check_stop
 from ..core.strength_schedule import ByPart
 from .calibration import Suggestion, times
@@ -54,24 +56,33 @@ def suggested_on_pictures(
     Args:
         losses: Measures.
         amounts: Which adapters, and at which strength each is alone.
-        stop: Where it is set, nothing is measured after the present mix.
+        stop: Where it is set, nothing is measured after the present loss.
 
     Returns:
         The best of the mixes that were measured, whole strengths among them. Its excess is the sum over adapters of by how
         much more than alone they lose with all on, as a share of what the base loses; below 0 where they help each other.
 
     Raises:
+        UserError: A loss is no finite number, or that of the base is 0.
         Interrupted: It was stopped.
     """
+
+    def loss(name: str, mix: Mapping[str, float | ByPart]) -> float:
+        check_stop(stop, "stopped while strengths were looked for")
+        found = losses.loss(name, mix)
+        if not math.isfinite(found) or (not mix and not found):
+            where = f"with {' and '.join(mix)} on" if mix else "on the base"
+            raise UserError(f"the loss of the pictures of {name} is {found:g} {where}, by which no strengths are found")
+        return found
+
     names = list(amounts)
-    alone = {name: losses.loss(name, {name: amounts[name]}) for name in names}
-    base = {name: losses.loss(name, {}) for name in names}
+    alone = {name: loss(name, {name: amounts[name]}) for name in names}
+    base = {name: loss(name, {}) for name in names}
     costs: dict[tuple[float, ...], float] = {}
 
     def measure(shares: tuple[float, ...]) -> None:
-        check_stop(stop, "stopped while strengths were looked for")
         mix = {name: times(amounts[name], share) for name, share in zip(names, shares, strict=True)}
-        costs[shares] = sum((losses.loss(name, mix) - alone[name]) / base[name] for name in names)
+        costs[shares] = sum((loss(name, mix) - alone[name]) / base[name] for name in names)
 
     for shares in _first(len(names)):
         measure(shares)

@@ -11,24 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline, computes_on, guides, uncompiled
-from ..bases.regional_attention import attending, refuse_unknown_norms
+from ..bases.regional_attention import COMPILED, attending
 from ..core import regions
 from ..core.errors import UserError
 from ..core.parsing import refusing
 from ..core.strength_schedule import ByPart
 from ..fast import drawing
 from .region_settings import FEATHER, ISOLATED_SUBJECTS, Region
+from .settings import Tile
 from .source import opened
+from .tiling import DIMENSIONS
 
 if TYPE_CHECKING:
     from .sampler import Cell
 
 _LIKE = 48.0  # how far a colour may lie from that of a region, as where a picture was saved as JPEG
+_COLORS_SHOWN = 4
+_BLACK = "its mask is black; white is the region, and what is transparent counts as black"
 _PNG = "png:"
 
 
@@ -66,7 +70,10 @@ class Area:
         wanted = np.array([int(region.color[start : start + 2], 16) for start in (1, 3, 5)], dtype=np.float32)
         found = np.sqrt(((pixels - wanted) ** 2).sum(-1)) < _LIKE
         if not found.any():
-            raise UserError(f"{region.painted} has nothing of the colour {region.color}")
+            colors, counts = np.unique(pixels.astype(np.uint8).reshape(-1, 3), axis=0, return_counts=True)
+            most = colors[np.argsort(-counts, kind="stable")[:_COLORS_SHOWN]]
+            there = ", ".join(f"#{color.tobytes().hex()}" for color in most)
+            raise UserError(f"{region.painted} has nothing of the colour {region.color}; most of it is {there}")
         return cls(None, Image.fromarray(found.astype(np.uint8) * 255))
 
     def coverage(self, width: int, height: int) -> Tensor:
@@ -155,7 +162,7 @@ class DrawnRegion:
     strengths: Mapping[str, float | ByPart] = field(default_factory=dict)
 
 
-def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather: float) -> Tensor:
+def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather: float, tile: Tile | None = None) -> Tensor:
     """Make the masks of the regions of a picture; where several overlap, they share.
 
     Args:
@@ -163,6 +170,7 @@ def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather
         width: In pixels.
         height: In pixels.
         feather: How wide edges are, as a share of the shorter side.
+        tile: Which edges of the picture meet, where regions have edges too.
 
     Returns:
         (1 + regions, height, width): first what is in no region. At each pixel they sum to 1.
@@ -173,7 +181,9 @@ def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather
     masks = torch.cat([(1 - total).clamp(min=0)[None], own / total.clamp(min=1)])
     radius = round(feather * min(width, height) / 2)
     if radius:
-        padded = F.pad(masks[None], [radius] * 4, mode="replicate")
+        padded, sides = masks[None], {3: (radius, radius, 0, 0), 2: (0, 0, radius, radius)}
+        for dimension, beyond in sides.items():
+            padded = F.pad(padded, beyond, mode="circular" if dimension in DIMENSIONS[tile] else "replicate")
         masks = F.avg_pool2d(padded, 2 * radius + 1, stride=1)[0]
     return masks
 
@@ -236,10 +246,28 @@ class Division:
         """
         for number, part in enumerate(self.parts, 1):
             if not bool(part.area.coverage(width, height).any()):
-                where = "its mask is black" if part.area.box is None else f"its box {part.area.text()} lies outside"
+                where = _BLACK if part.area.box is None else f"its box {part.area.text()} lies outside"
                 which = f"region {number} of {len(self.parts)}"  # which nobody takes for a place counted from 0
                 raise UserError(f"{which} holds nothing of a picture of {width}x{height}: {where}")
         return replace(self, parts=tuple(replace(part, area=part.area.shared(width, height)) for part in self.parts))
+
+    def cut(self, width: int, height: int) -> list[str]:
+        """Tell of boxes that reach beyond a picture, as those for a larger one do.
+
+        Args:
+            width: Of the picture, in pixels.
+            height: The same.
+
+        Returns:
+            What the person should know, one for each.
+        """
+        boxes = [(number, part.area.box) for number, part in enumerate(self.parts, 1) if part.area.box is not None]
+        return [
+            f"region {number} of {len(self.parts)} reaches beyond a picture of {width}x{height}: its box"
+            f" {','.join(f'{one:g}' for one in box)} is cut off there"
+            for number, box in boxes
+            if max(box) > 1 and (box[2] > width or box[3] > height)
+        ]
 
     def worded(self, prompts: Iterator[str]) -> "Division":
         """Give regions other prompts, each that has one.
@@ -281,11 +309,6 @@ def columns(cells: "Sequence[Cell]") -> "list[Cell]":
     return found
 
 
-def _is_compiled(network: nn.Module) -> bool:
-    """Whether a network or a block of it is compiled: what is compiled knows nothing of a thread's regions."""
-    return any(one._compiled_call_impl is not None or uncompiled(one) is not one for one in network.modules())
-
-
 @dataclass(frozen=True)
 class Regional:
     """A batch of pictures with regions.
@@ -294,18 +317,21 @@ class Regional:
         divisions: How each is divided.
         isolations: How long the regions of each do not attend to each other, as `Division.isolated`.
         groups: Of each, which regions are normalized together.
+        tile: Which edges of the pictures meet.
     """
 
     divisions: tuple[Division, ...]
     isolations: tuple[float, ...]
     groups: tuple[tuple[int, ...], ...]
+    tile: Tile | None = None
 
     @classmethod
-    def of(cls, cells: "Sequence[Cell]") -> "Regional | None":
+    def of(cls, cells: "Sequence[Cell]", tile: Tile | None = None) -> "Regional | None":
         """Lay out pictures.
 
         Args:
             cells: The pictures.
+            tile: Which edges of them meet.
 
         Returns:
             The batch; None where no picture has regions.
@@ -316,7 +342,7 @@ class Regional:
         count = 1 + max(len(division.parts) for division in divisions)
         each = [(one, cell.strengths or {}) for one, cell in zip(divisions, cells, strict=True)]
         isolations = tuple(one.isolated(whole) for one, whole in each)
-        return cls(tuple(divisions), isolations, tuple(tuple(one.groups(whole, count)) for one, whole in each))
+        return cls(tuple(divisions), isolations, tuple(tuple(one.groups(whole, count)) for one, whole in each), tile)
 
     @property
     def count(self) -> int:
@@ -335,7 +361,7 @@ class Regional:
         """
         found = torch.zeros(len(self.divisions), self.count, height, width)
         for number, one in enumerate(self.divisions):
-            own = picture_masks(one.parts, width, height, one.feather)
+            own = picture_masks(one.parts, width, height, one.feather, self.tile)
             found[number, : len(own)] = own
         return found
 
@@ -379,14 +405,11 @@ class Regional:
         """
         denoiser = denoiser_of(pipe)
         network = denoiser.network
-        wrapped = any(uncompiled(part) is network and part is not network for part in pipe.components.values())
-        if wrapped or any(_is_compiled(one) for one in (network, *beside)):
-            raise UserError("a network that torch.compile compiled knows no regions; draw them with the plain one")
+        if any(uncompiled(part) is network and part is not network for part in pipe.components.values()):
+            raise UserError(COMPILED)  # what is compiled knows nothing of a thread's regions
         latents = height // denoiser.factor, width // denoiser.factor
         masks = self.masks(width, height).to(computes_on(pipe))
         layout = regions.Layout(masks, latents, [network, *beside], self.groups)
-        if layout.norm_groups > 1:
-            refuse_unknown_norms(layout.networks)
 
         @contextmanager
         def changing() -> Iterator[None]:
@@ -404,7 +427,8 @@ class Regional:
         # Before the hooks that call the networks beside it.
         handle = network.register_forward_pre_hook(isolate, with_kwargs=True, prepend=True)
         try:
-            with attending(layout.networks, changing), regions.using(layout):
+            apart = layout.norm_groups > 1
+            with attending(layout.networks, changing, norms_apart=apart), regions.using(layout):
                 yield
         finally:
             handle.remove()

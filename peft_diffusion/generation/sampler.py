@@ -197,7 +197,7 @@ def _drawn(
         check_hires(pipe, hires)
     if any(cell.division is not None for cell in cells):
         check_compose(sampling.composition)
-    cells = [cell if cell.division is None else replace(cell, division=cell.division.on(*sides)) for cell in cells]
+    cells = _divided(cells, sides, tell)
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
@@ -224,6 +224,14 @@ def _drawn(
                     set_strengths(adapters, composed(batch, sampling.composition, told.of_pass(hires.planned)))
                 drawn = draw(start, batch, telling, report, controls)
             yield rows, drawn
+
+
+def _divided(cells: Sequence[Cell], sides: tuple[int, int], tell: Observer) -> list[Cell]:
+    """The pictures with their regions in shares of them."""
+    divisions = [cell.division for cell in cells if cell.division is not None]
+    for note in dict.fromkeys(note for division in divisions for note in division.cut(*sides)):
+        tell(Warned(note))
+    return [cell if cell.division is None else replace(cell, division=cell.division.on(*sides)) for cell in cells]
 
 
 def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:
@@ -648,7 +656,7 @@ def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Rep
     sampling = telling.asked
     # What starts from a picture may start where guidance acts no more.
     guided = start.begins > 1 - sampling.guidance_stop
-    regional = Regional.of(batch)
+    regional = Regional.of(batch, sampling.tile)
     told = telling.arguments(
         *_texts(batch, sampling), guided=guided and sampling.guided_by > 1, embedded=regional is not None
     )

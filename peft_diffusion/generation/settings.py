@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..bases import family as families
 from ..bases.asked import AskedPrediction
 from ..bases.prompt_syntax import Weights
 from ..bases.schedulers import SCHEDULERS, SPACINGS, canonical
-from ..core.errors import UserError
+from ..core.errors import UserError, nearest
 from ..core.files import at_home, if_address
 from ..core.parsing import number_in
 from ..core.settings import (
@@ -162,9 +163,9 @@ def parse_choice(text: str) -> Choice:
     if at_home(Path(text)).exists() or "=" not in text:
         return _chosen(text)
     ends = [match.start() for match in re.finditer("=", text)]
-    end = next((end for end in reversed(ends) if _is_there(text[:end])), ends[-1])
+    end = next((end for end in reversed(ends) if is_there(text[:end])), ends[-1])
     name, told = text[:end], text[end + 1 :]
-    if not _is_there(name) and not name.lower().endswith(".safetensors") and not is_number(told):
+    if not is_there(name) and not name.lower().endswith(".safetensors") and not is_number(told):
         raise UserError(f"there is no adapter file {text}")  # the = is part of a path
     strength, parts = amounts.parse(told, name)
     return replace(_chosen(name), strength=strength, parts=parts)
@@ -189,7 +190,7 @@ def separated(texts: Sequence[str]) -> list[str]:
         parts = [first]
         for part in others:
             name = part.rpartition("=")[0] or part
-            if _is_there(name) or name.lower().endswith(".safetensors"):
+            if is_there(name) or name.lower().endswith(".safetensors"):
                 parts.append(part)
             else:
                 parts[-1] += f",{part}"
@@ -197,8 +198,15 @@ def separated(texts: Sequence[str]) -> list[str]:
     return found
 
 
-def _is_there(text: str) -> bool:
-    """Whether a text is a file, or one with something said of it."""
+def is_there(text: str) -> bool:
+    """Tell whether a text is a file, or one with something said of it.
+
+    Args:
+        text: ``FILE``, or ``FILE@COMPONENT``.
+
+    Returns:
+        Whether it is there.
+    """
     while "@" in text and not at_home(Path(text)).exists():
         text = text.rpartition("@")[0]
     return at_home(Path(text)).exists()
@@ -280,8 +288,17 @@ def _existing(text: str) -> Path:
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if is_number(strength) and name else ""
-        raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
+        raise UserError(f"there is no adapter file {path}{hint or if_address(path) or _like(path)}")
     return path
+
+
+def _like(path: Path) -> str:
+    """Name the adapter file that one which is not there is nearest to, for the end of a message."""
+    with suppress(OSError):
+        there = {one.stem: one for one in path.parent.iterdir() if one.suffix.lower() == ".safetensors"}
+        near = nearest(path.name.removesuffix(".safetensors"), there)
+        return "" if near is None else f"; did you mean {there[near]}?"
+    return ""
 
 
 def is_number(text: str) -> bool:
@@ -381,7 +398,7 @@ class Sampling(NamesAdapters):
     )
     width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
-    batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
+    batch_size: int = setting(4, "Pictures computed at once; a picture depends on it by rounding alone.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
     prediction: AskedPrediction = setting(
         "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import UserError, did_you_mean
-from ..core.files import at_home
+from ..core.files import at_home, files_below
 from ..core.parsing import number_in
 from ..core.shortening import brief
 from ..formats.container import is_pickle, read_header, title
@@ -119,7 +119,7 @@ class Shelf:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The adapter files of the folder."""
-        found = sorted(self.folder.rglob("*")) if self.folder is not None else []
+        found = files_below(self.folder) if self.folder is not None else []
         return tuple(path for path in found if (_is_safetensors(path) or is_pickle(path)) and path.is_file())
 
     @cached_property
@@ -140,12 +140,36 @@ class Shelf:
             found.setdefault(_alias(path).casefold(), []).append(path)
         return {name: tuple(paths) for name, paths in found.items()}
 
-    def find(self, name: str) -> Choice:
-        """Find the adapter that a prompt means.
+    def is_given(self, name: str) -> bool:
+        """Tell whether a name is that of an adapter which was given as a file.
+
+        Args:
+            name: In any case of letters.
+
+        Returns:
+            Whether it is.
+        """
+        return any(choice.name.casefold() == name.casefold() for choice in self.given)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether the folder has an adapter of a name.
+
+        Args:
+            name: As `find` takes it.
+
+        Returns:
+            Whether it has one, or several.
+        """
+        wanted = name.casefold().removesuffix(".safetensors")
+        return wanted in self._by_name or wanted in self._by_alias
+
+    def find(self, name: str, said: str = "") -> Choice:
+        """Find the adapter that a prompt or a region means.
 
         Args:
             name: The file's name without ending, in any case of letters; its path in the folder, where several have that
                 name; what its metadata call it (``ss_output_name``); or the path of one that a library chose.
+            said: Where it is named, for errors; by default in a prompt.
 
         Returns:
             The one given, or one of the folder, at strength 1.
@@ -165,12 +189,14 @@ class Shelf:
             return Choice(found[0])
         if found:
             paths = ", ".join(map(str, found))
-            raise UserError(f"<lora:{brief(name)}> in the prompt means several files: {paths}; write its path in the folder")
+            told = said or f"<lora:{brief(name)}> in the prompt"
+            raise UserError(f"{told} means several files: {paths}; write its path in the folder")
         known = [*(choice.name for choice in self.given), *map(title, self.files)]
         where = f"in {self.folder} " if self.folder is not None else ""
         hint = "" if self.folder is not None else "; name its file with --adapter, or its folder with --adapters-dir"
         raise UserError(
-            f"there is no adapter {brief(name)!r} {where}for <lora:...> in the prompt{did_you_mean(name, known)}{hint}"
+            f"there is no adapter {brief(name)!r} {where}for {said or '<lora:...> in the prompt'}"
+            f"{did_you_mean(name, known)}{hint}"
         )
 
     def all_of(self, tags: Iterable[Tag]) -> tuple[Choice, ...]:

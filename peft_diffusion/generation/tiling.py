@@ -10,9 +10,11 @@ from torch.nn.functional import pad
 
 from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline, uncompiled
+from ..core import regions
 from .settings import Tile
 
-_DIMENSIONS = {"x": (3,), "y": (2,), "both": (2, 3)}
+DIMENSIONS = {None: (), "x": (3,), "y": (2,), "both": (2, 3)}
+"""The dimensions of maps along which edges meet."""
 
 
 class _Ring:
@@ -31,6 +33,9 @@ class _Ring:
         if threading.get_ident() != self.thread:
             return None
         x: Tensor = args[0]
+        layout = regions.present()
+        if layout is not None:
+            layout.ring = self._kept(conv, x, 2), self._kept(conv, x, 3)
         for dimension in self.dimensions:
             if _padded_before(conv):
                 # The encoder of diffusers' VAE adds a row and a column of zeros itself before it halves the size.
@@ -45,14 +50,19 @@ class _Ring:
         """Cut the output."""
         if threading.get_ident() != self.thread:
             return None
+        layout = regions.present()
+        if layout is not None:
+            layout.ring = None
         for dimension in self.dimensions:
-            margin, stride = _margin(conv, dimension), _of(conv.stride, dimension)
-            if margin:
-                width = args[0].shape[dimension] - 2 * margin
-                reach = _of(conv.dilation, dimension) * (_of(conv.kernel_size, dimension) - 1)
-                size = (width + 2 * _of(conv.padding, dimension) - reach - 1) // stride + 1
-                y = y.narrow(dimension, margin // stride, size)
+            if margin := _margin(conv, dimension):
+                size = _size(conv, args[0].shape[dimension] - 2 * margin, dimension)
+                y = y.narrow(dimension, margin // _of(conv.stride, dimension), size)
         return y
+
+    def _kept(self, conv: nn.Module, x: Tensor, dimension: int) -> tuple[int, int]:
+        """Where what is kept of the output begins along a dimension, and how long it is."""
+        margin = _margin(conv, dimension) if dimension in self.dimensions else 0
+        return margin // _of(conv.stride, dimension), _size(conv, x.shape[dimension], dimension)
 
 
 def _of(pair: Any, dimension: int) -> int:
@@ -63,6 +73,12 @@ def _margin(conv: nn.Module, dimension: int) -> int:
     """How far the input is continued: as far as the padding reaches, in whole steps of the stride."""
     padding, stride = _of(conv.padding, dimension), _of(conv.stride, dimension)
     return -(-padding // stride) * stride
+
+
+def _size(conv: nn.Module, side: int, dimension: int) -> int:
+    """How long what is made of a side is."""
+    reach = _of(conv.dilation, dimension) * (_of(conv.kernel_size, dimension) - 1)
+    return (side + 2 * _of(conv.padding, dimension) - reach - 1) // _of(conv.stride, dimension) + 1
 
 
 def _padded_before(conv: nn.Module) -> bool:
@@ -86,7 +102,7 @@ def seamless(pipe: Pipeline, tile: Tile | None, beside: Sequence[nn.Module] = ()
         for part in parts if tile is not None else ():
             for conv in uncompiled(part).modules() if isinstance(part, nn.Module) else ():
                 if isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str):
-                    ring = _Ring(_DIMENSIONS[tile or "both"])
+                    ring = _Ring(DIMENSIONS[tile])
                     hooks.callback(conv.register_forward_pre_hook(ring.before).remove)
                     hooks.callback(conv.register_forward_hook(ring.after).remove)
         yield

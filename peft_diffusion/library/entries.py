@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from ..core.checksums import of_text
 from ..core.errors import UserError
-from ..core.files import stamp_of, weights_sha256
+from ..core.files import files_below, stamp_of, weights_sha256
 from ..core.parsing import json_value, number, refusing
 from ..data.captions import split_tags
 from ..formats import plan
@@ -295,7 +295,7 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, str]]]
     """Find the adapter files that paths mean.
 
     Args:
-        paths: Files, and folders, which are gone through with all below them.
+        paths: Files, and folders, which are gone through with all below them but what is hidden.
 
     Returns:
         The safetensors files, each once and with its whole path; and what is left out, with the reason.
@@ -308,7 +308,10 @@ def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, str]]]
     for path in paths:
         if not path.exists():
             raise UserError(f"there is no file or folder {path}")
-        for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        below = files_below(path) if path.is_dir() else [path]
+        if not any(one.suffix.lower() == ".safetensors" for one in below) and path.is_dir():
+            left.append((path, "holds no safetensors file"))
+        for one in below:
             kind = one.suffix.lower()
             if one.is_symlink() and not one.exists():
                 left.append((one, "leads nowhere"))

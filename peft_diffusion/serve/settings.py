@@ -235,6 +235,8 @@ def sources(config: ServeConfig) -> tuple[str, ...]:
 
 
 def _is_base(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
     if path.is_dir():
         return (path / "model_index.json").is_file()
     return path.suffix.lower() in (".safetensors", ".ckpt") and path.is_file()

@@ -54,6 +54,9 @@ def predict(
 def peak(work: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], device: torch.device) -> int:
     """Predict the most bytes that are alive at once, over what was there before; nothing is computed.
 
+    Counted are tensors that operations give back. What a library takes and frees within one operation differs between
+    processors and versions and is not counted, such as the copies of a convolution's input that oneDNN makes.
+
     Args:
         work: What is done.
         inputs: On any device.

@@ -1,5 +1,6 @@
 """The record of a run: what happens in it, written down in its folder as it is told."""
 
+import time
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -13,9 +14,13 @@ from .facts import memory
 from .plots import draw, draw_signals
 from .run_folder import RunFolder
 
+_SECONDS = 20.0  # between plots: both take half a second, and a short run saves a checkpoint more often than that
+
 
 class Recorder:
     """Writes the measurements of a run, its plots and how it stands; an observer.
+
+    The plots are drawn with the first checkpoint, then with those that come 20 s after the last plots, and at the end.
 
     Attributes:
         lines: What a person was told before the run began, in lines.
@@ -27,6 +32,8 @@ class Recorder:
         self.lines: list[str] = []
         self.warnings: list[str] = []
         self._started = False
+        self._plotted_at: float | None = None
+        self._plotted: list[dict[str, Any]] = []
 
     def __call__(self, event: Event) -> None:
         """Write down an event. Raises UserError where the disk refuses."""
@@ -44,7 +51,8 @@ class Recorder:
             case Preview(nearest=nearest) if nearest is not None:
                 self._nearest(event.step, nearest)
             case Saved(what="checkpoint"):
-                self._plot()
+                if self._plotted_at is None or time.monotonic() - self._plotted_at >= _SECONDS:
+                    self._plot()
 
     def _collect(self, event: Event) -> None:
         """Keep what is told of the preparation: the report has it."""
@@ -73,12 +81,17 @@ class Recorder:
 
     def _plot(self) -> None:
         metrics = self.folder.metrics()
-        with explained(self.folder.path):
-            draw(self.folder.path / "loss.png", metrics)
-            draw_signals(self.folder.path / "signals.png", metrics)
+        if metrics != self._plotted:
+            with explained(self.folder.path):
+                draw(self.folder.path / "loss.png", metrics)
+                draw_signals(self.folder.path / "signals.png", metrics)
+        self._plotted_at, self._plotted = time.monotonic(), metrics
 
     def _ended(self, event: Ended) -> None:
-        """However the run ended, ``run.json`` says so."""
+        """However the run ended, its plots show all of it, and ``run.json`` says so."""
+        if self._plotted_at is not None:
+            with suppress(UserError) if event.result is None else nullcontext():
+                self._plot()
         if isinstance(event.result, RunResult):
             outcome = event.result.outcome
             figures = {"seconds": event.result.seconds, **memory(), **(outcome.training() if outcome else {})}

@@ -22,6 +22,7 @@ from ...core.settings import (
     settings_class,
     settle,
 )
+from ...core.wording import number_of
 from .captions import DATA
 from .choices import Keep, LogWith, Memory, MissingCaptions, OptimizerName, Precision, Scheduler
 from .shared import LEARNING, RESULT, WATCH, Resolved, SharedConfig, adapter_path, check_command
@@ -51,6 +52,7 @@ class ComposeTrainConfig:
         "A folder with a few pictures for each adapter, in the same order; captions are read as the adapter was trained, "
         "with its trigger.",
         RESULT,
+        flag=Flag(greedy=True, default_shown=False),
         free_on_resume=True,
     )
     output: OptionalPath = setting(
@@ -128,11 +130,13 @@ class ComposeTrainConfig:
             raise UserError(
                 "name the adapters to compose: peft-diffusion compose train A.safetensors B.safetensors --data ..."
             )
+        for path in self.adapters:
+            file, equals, _ = str(path).rpartition("=")
+            if equals and not path.exists() and Path(file).exists():
+                raise UserError(f"{path} says a strength, and strengths are what is learned; name {file} alone")
         if len(self.data) != len(self.adapters):
-            raise UserError(
-                f"there are {len(self.adapters)} adapters and {len(self.data)} folders of pictures; give --data for each"
-                " adapter, in the same order"
-            )
+            counts = f"{number_of(len(self.adapters), 'adapter')} and {number_of(len(self.data), 'folder')} of pictures"
+            raise UserError(f"{counts}; give --data for each adapter, in the same order")
         kind = LEARNED_KINDS[self.kind]
         if len(self.adapters) < kind.fewest:
             usual = next(iter(LEARNED_KINDS))
