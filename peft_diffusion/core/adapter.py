@@ -468,7 +468,8 @@ def begin(module: nn.Module) -> None:
     """Do what ``nn.Module.__init__`` does, several times faster: a network has hundreds of sites.
 
     Args:
-        module: One that was just made and that is never called, so that all such share their hooks for calls.
+        module: One that was just made, that is never called and has no parameters, buffers or state dict of its own, so that
+            all such share what stays empty. An object that is not made needs not be looked at in the search for garbage.
     """
     shared, made = _beginning()
     own = vars(module)
@@ -477,17 +478,15 @@ def begin(module: nn.Module) -> None:
         own[name] = kind()
 
 
-_FOR_CALLS = frozenset((
-    "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
-))  # fmt: skip
+_OWN = frozenset(("_parameters", "_buffers", "_modules"))
+"""What torch puts members into when it moves or replaces them; all else that a new module has stays empty in those here."""
 
 
 @cache
 def _beginning() -> tuple[dict[str, Any], list[tuple[str, type]]]:
     """What a new module has: what all may share, and of which kinds each has empty ones of its own."""
     own = vars(nn.Module())
-    made = {name: type(value) for name, value in own.items() if isinstance(value, (dict, set)) and name not in _FOR_CALLS}
+    made = {name: type(value) for name, value in own.items() if name in _OWN}
     return {name: value for name, value in own.items() if name not in made}, list(made.items())
 
 

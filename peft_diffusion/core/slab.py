@@ -110,9 +110,7 @@ class _Region:
     @classmethod
     def of(cls, wanted: Wanted) -> "_Region":
         """Make an empty one. A rank of ``down`` has ``width`` numbers; sites of one ``role`` are in like blocks."""
-        *parts, last = wanted.path.split(".")
-        role = ".".join(part for part in (*parts, last) if not part.isdecimal())
-        return cls(".".join(parts), role, wanted.shape, wanted.dtype, width=math.prod(wanted.shape[1:]))
+        return cls(*_parent_and_role(wanted.path), wanted.shape, wanted.dtype, width=math.prod(wanted.shape[1:]))
 
     def gap(self, rank: int) -> int | None:
         """The first place with so many free ranks one after the other."""
@@ -120,6 +118,12 @@ class _Region:
         for one in self.held.values():
             taken |= ((1 << one.rank) - 1) << one.start
         return _gap(taken, self.room, rank)
+
+
+@lru_cache(maxsize=20_000)  # asked for whenever a network gets its first adapter
+def _parent_and_role(path: str) -> tuple[str, str]:
+    """The path around that of a site, and the path without the numbers of blocks."""
+    return path.rpartition(".")[0], ".".join([part for part in path.split(".") if not part.isdecimal()])
 
 
 _Places: TypeAlias = tuple[int, int, int, int, int]

@@ -60,7 +60,7 @@ class Recorder(Generic[_Result]):
         self.assumes = assumes
         self.kept = kept
         self.device = device
-        self.graphs: dict[tuple[Shapes, Hashable], tuple[torch.cuda.CUDAGraph, dict[str, Tensor], _Result]] = {}
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], _Result]] = {}
         self.pool: Any = None  # torch has no public name for its handle
         self.made = 0  # recordings, also those that were given up since
 
@@ -75,6 +75,14 @@ class Recorder(Generic[_Result]):
             place.copy_(_pinned(inputs[name]), non_blocking=True)
         graph.replay()
         return result
+
+    def drop(self, key: Hashable) -> None:
+        """Give up one recording, whose memory others then use.
+
+        Args:
+            key: Shapes of its inputs, and what it assumes; one that is not there is no mistake.
+        """
+        self.graphs.pop(key, None)
 
     def forget(self) -> None:
         """Give up every recording, and the memory that they share."""

@@ -9,6 +9,7 @@ classes only while the engine computes, so nobody else sees them. A call that ca
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ _ENGINE = "_peft_diffusion_engine"
 """The name of the engine in a network's ``__dict__``."""
 _CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
 """What a configuration of transformers says for calls that do not."""
+_ROOM = {False: 32, True: 8}
+"""Of how many kinds of calls recordings are kept, of pictures without regions and of such with them.
+
+A kind without regions is a size and a number of pictures, of which people draw few. Of divisions there is no end, and each
+keeps keys and values for every region. A divided picture has two kinds where its regions first attend to themselves.
+"""
 
 
 class FastNetwork(nn.Module):
@@ -177,6 +184,7 @@ class Engine:
         self._table: _Table | None = None
         self._times: object | None = None  # of the picture that is drawn
         self._layouts: dict[Hashable, _Held] = {}
+        self._kinds: dict[Hashable, _Kind] = {}  # the one that was called longest ago first
         self._layout_now: Layout | None = None
         self._key: Hashable = None
         self._call: Callable[[Inputs], Any] | None = None
@@ -238,6 +246,7 @@ class Engine:
         self._tellings.forget()
         self._broken.clear()
         self._layouts.clear()
+        self._kinds.clear()
         self._told = self._weighed = None
 
     def _unserved(self) -> str | None:
@@ -328,6 +337,7 @@ class Engine:
         if (why := self._broken.get(what)) is not None:
             self.refused = why
             return None
+        self._keep(what, call.tensors.get("encoder_hidden_states") if tells else None)
         self._call = lambda inputs: plain(**call.filled(inputs))
         records = self._records(what)
         try:
@@ -353,6 +363,25 @@ class Engine:
         finally:
             self._call = None
 
+    def _keep(self, what: Hashable, told: Tensor | None) -> None:
+        """Note a call as the latest; where its kind is one too many, drop the recordings of the one called longest ago."""
+        if what == next(reversed(self._kinds), None):
+            return
+        telling = None if told is None else (shapes({"told": told}), self._key)
+        kind = _Kind(telling, None if self._layout_now is None else self._layout_now.signature)
+        self._kinds.pop(what, None)
+        self._kinds[what] = kind
+        alike = [one for one, own in self._kinds.items() if own.divided == kind.divided]
+        for oldest in alike[: -_ROOM[kind.divided]]:
+            gone = self._kinds.pop(oldest)
+            self._steps.drop(oldest)
+            # A recording of a step reads what the one that was there before it computed, and both read one layout.
+            if all(own.telling != gone.telling for own in self._kinds.values()):
+                self._tellings.drop(gone.telling)
+                self._told = None
+            if all(own.signature != gone.signature for own in self._kinds.values()):
+                self._layouts.pop(gone.signature, None)
+
     def _hold(self) -> Layout | None:
         """The regions of the pictures, at the place where recordings read them."""
         layout = regions.present()
@@ -360,10 +389,10 @@ class Engine:
             return None
         held = self._layouts.get(layout.signature)
         if held is None:
-            held = self._layouts[layout.signature] = _Held(layout.copied(), layout)
-        if held.source is not layout:
+            held = self._layouts[layout.signature] = _Held(layout.copied(), weakref.ref(layout))
+        if held.source() is not layout:
             held.layout.take(layout)
-            held.source = layout
+            held.source = weakref.ref(layout)
         return held.layout
 
     def _step(self, inputs: Inputs) -> Any:
@@ -469,10 +498,26 @@ _Known = dict[nn.Module, tuple[Tensor, Tensor]]
 
 @dataclass
 class _Held:
-    """Regions at the place where recordings read them, and those whose masks they have."""
+    """Regions at the place where recordings read them, and those whose masks they have.
+
+    The latter are not kept alive, as they hold the networks beside this one, such as ControlNets.
+    """
 
     layout: Layout
-    source: Layout
+    source: "weakref.ref[Layout]"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What calls of a kind share with others: the recording of what they are told, and the regions at their place."""
+
+    telling: Hashable
+    signature: Hashable
+
+    @property
+    def divided(self) -> bool:
+        """Whether pictures have regions."""
+        return self.signature is not None
 
 
 def _copied(one: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .. import methods
 from ..core.method import Method
 from .layout import Whole
+from .names import SETTLED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,10 +127,14 @@ class Aliases:
 def aliases() -> Aliases:
     """Collect the aliases of all methods that are known now. It is asked for with every name of a file."""
     global _latest
+    if SETTLED.aliases is not None:
+        return SETTLED.aliases
     now, (before, found) = tuple(methods.known().values()), _latest
     if found is None or now != before:
         found = _aliases_of(now)
         _latest = now, found
+    if SETTLED.rows is not None:  # a file's names are gone through
+        SETTLED.aliases = found
     return found
 
 

@@ -1,10 +1,16 @@
 """Names in adapter files, as data that several layouts share. Imports no torch."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 from ..bases import family as families
 from ..bases.family import Component, Family
+
+if TYPE_CHECKING:
+    from .aliases import Aliases
 
 LYCORIS = "lycoris_"
 """What LyCORIS outside of kohya's trainer begins every name with, whatever model it is on: the path tells which."""
@@ -32,12 +38,49 @@ class Rows(tuple[tuple[Component, ...], ...]):
         return self is other
 
 
+class Settled(threading.local):
+    """What holds while this thread goes through the names of a file; None for what is to be looked up each time."""
+
+    rows: Rows | None = None
+    aliases: "Aliases | None" = None
+
+
+SETTLED = Settled()
 _known: tuple[tuple[Family, ...], Rows] = ((), Rows())
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Look up once for all names of a file which families and methods there are: layouts ask with each of them."""
+    before = SETTLED.rows, SETTLED.aliases
+    SETTLED.rows = known_rows()
+    try:
+        yield
+    finally:
+        SETTLED.rows, SETTLED.aliases = before
+
+
+def length_of(name: str, starts: Iterable[str]) -> int:
+    """Tell how long the beginning of a name is that is known.
+
+    Args:
+        name: The name.
+        starts: What names may begin with, the longest first.
+
+    Returns:
+        The letters of the first of these that the name begins with; 0 where there is none.
+    """
+    for start in starts:  # several times quicker than with a generator
+        if name.startswith(start):
+            return len(start)
+    return 0
 
 
 def known_rows() -> Rows:
     """List the components of each family, with families that were registered a moment ago."""
     global _known
+    if SETTLED.rows is not None:
+        return SETTLED.rows
     now, (before, rows) = families.every(), _known
     if now is not before:
         rows = Rows(family.components for family in now)

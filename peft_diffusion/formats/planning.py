@@ -23,7 +23,7 @@ from ..core.recent import Recent
 from . import container
 from .container import Header
 from .layout import NO_LAYOUT, Layout, Place, Reading, known, reader_of
-from .names import site_name, unwrapped
+from .names import settled, site_name, unwrapped
 from .pictures import is_picture, read_picture
 from .spec import Spec
 
@@ -101,7 +101,7 @@ class SitePlan:
         suffixes = known_suffixes(self._recognized)
         return tuple(source.name for source in self.sources if source.place.suffix not in suffixes)
 
-    @property
+    @cached_property
     def methods(self) -> tuple[type[Method], ...]:
         """The methods that its tensors are of; none where that leaves one over."""
         return () if self._unknown or self.strangers else self._recognized
@@ -274,12 +274,13 @@ class Plan:
         """
         return dict(self.loaded) if self.loaded is not None else self.data(keep=keep, pinned=pinned).tensors()
 
-    def data(self, *, keep: bool = False, pinned: bool = False) -> container.Data:
+    def data(self, *, keep: bool = False, pinned: bool = False, beside: bool = False) -> container.Data:
         """Read what a safetensors file holds.
 
         Args:
             keep: As for `tensors`.
             pinned: As for `tensors`.
+            beside: As for `container.read_data`.
 
         Returns:
             Its bytes.
@@ -287,9 +288,9 @@ class Plan:
         Raises:
             UserError: As `container.read_data` does.
         """
-        data = container.read_data(self.header, pinned=pinned)
-        if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
-            self._data.append(data)
+        data = container.read_data(self.header, pinned=pinned, beside=beside)
+        if keep and not self.__dict__.keys() & {"sha256", "_digests"}:
+            self._data[:] = [data]
         return data
 
     @property
@@ -487,8 +488,9 @@ def _read(header: Header, component: str | None, word: str | None) -> _Read:
     if found is not None:
         return found
     bare, names_of = _unwrapped(header)
-    by_layout, nobodys = _by_layout(bare)
-    readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
+    with settled():
+        by_layout, nobodys = _by_layout(bare)
+        readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
     if component is not None:
         readings = _of_component(header.path, readings, component)
     if word is not None:

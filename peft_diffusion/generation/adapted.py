@@ -41,7 +41,8 @@ def adapted(
         tell: Is told what the person should know of adapters and prompts.
         lent: Whether the base is the caller's, who gets it back as it was.
         strict: Whether to refuse a file of which a tensor is left out.
-        fast: Whether to draw by recorded steps; None where it pays, but leaves a lent base as it is.
+        fast: Whether to draw by recorded steps; None where it pays, but leaves a lent base as it is. A lent base that is
+            fast, or is made so, stays so: it would be recorded anew for each call.
         kept: The adapters that stay with the base; None where none do.
 
     Yields:
@@ -85,6 +86,7 @@ def _quick(adapters: Adapters, fast: bool | None, tell: Observer, *, lent: bool)
     if (fast is None and lent) or isinstance(adapters.pipe, LanguageModel):
         yield
         return
+    was = adapters.is_fast
     why = adapters.fast(fast)
     if why is not None and fast:
         tell(Warned(f"pictures are drawn without fast steps: {why}"))
@@ -93,8 +95,8 @@ def _quick(adapters: Adapters, fast: bool | None, tell: Observer, *, lent: bool)
         if adapters.plain_because is not None:
             tell(Noted(f"pictures were drawn without fast steps: {adapters.plain_because}"))
     finally:
-        if lent:
-            adapters.fast(False)
+        if lent and was and not adapters.is_fast:
+            adapters.fast(True)
 
 
 def warner(tell: Observer) -> Callable[[str], None]:

@@ -58,7 +58,8 @@ def blend(
     Args:
         config: What is drawn, and how.
         pipe: A base that is loaded already, used in place of ``config.base``, which names it in recipes. It is left as it
-            was, with the adapters of the configuration taken off again.
+            was, with the adapters of the configuration taken off again, but stays fast where ``config.fast`` asks for
+            that.
         observers: Are told what happens, by the events of `generation.events`.
         stop: Where it is set, nothing is drawn after the present batch, and no sheet is written.
 

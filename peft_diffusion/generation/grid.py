@@ -44,7 +44,8 @@ def grid(
 
     Args:
         config: What is drawn, and over which values.
-        pipe: A base that is loaded already, used in place of ``config.base``. It is left as it was.
+        pipe: A base that is loaded already, used in place of ``config.base``. It is left as it was,
+            but stays fast where ``config.fast`` asks for that.
         observers: Are told what happens, by the events of `generation.events`.
         stop: Where it is set, nothing is drawn after the present batch, and no sheet is written.
 

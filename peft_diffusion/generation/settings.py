@@ -477,7 +477,7 @@ class Sampling(NamesAdapters):
     fast: bool | None = setting(
         None,
         "Draw by recorded steps: several times as fast, the same up to rounding. By default on CUDA, and not on a pipeline"
-        " that Python hands in.",
+        " that Python hands in; one of which it is asked stays fast, until `Adapters(pipe).fast(False)`.",
         PARAMETERS,
         flag=Flag(negative=True),
     )

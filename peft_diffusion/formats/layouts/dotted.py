@@ -30,7 +30,18 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Whole, Written, register
-from ..names import LYCORIS, TEXT_MODEL, Rows, claimants, dotted_starts, known_rows, prefixes, rows, with_text_model
+from ..names import (
+    LYCORIS,
+    TEXT_MODEL,
+    Rows,
+    claimants,
+    dotted_starts,
+    known_rows,
+    length_of,
+    prefixes,
+    rows,
+    with_text_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +71,8 @@ _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @cache
 def _claimed(known: Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What names with dots begin with that name a component, and what flat names begin with."""
-    return tuple(dotted_starts()), (LYCORIS, "lora_", *prefixes())
+    """What names with dots begin with that name a component, the longest first, and what flat names begin with."""
+    return tuple(sorted(dotted_starts(), key=len, reverse=True)), (LYCORIS, "lora_", *prefixes())
 
 
 class Diffusers(Layout):
@@ -73,7 +84,7 @@ class Diffusers(Layout):
     def claims(self, name: str) -> int | None:
         """Names that begin with a component, or with a path alone, and end as a method's do there."""
         starts, flat = _claimed(known_rows())
-        start = max(len(start) for start in starts if name.startswith(start)) if name.startswith(starts) else 0
+        start = length_of(name, starts) if name.startswith(starts) else 0
         is_flat = not start and name.startswith(flat)
         return None if is_flat or aliases().parts(name) is None else start
 

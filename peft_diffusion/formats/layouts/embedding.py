@@ -75,11 +75,11 @@ class Embedding(Layout):
 
     def claims(self, name: str) -> int | None:
         """The names of embeddings, those of a bundle, words in angle brackets, and words that no other layout has."""
-        if name in embeddings() or _WORD.fullmatch(name):
+        if name in embeddings() or (name.startswith("<") and _WORD.fullmatch(name)):
             return len(name)
         if name.startswith(_BUNDLE):
             return len(_BUNDLE)
-        return 0 if _BARE.fullmatch(name) else None
+        return 0 if "." not in name and _BARE.fullmatch(name) else None
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names, the metadata, and, for a word that none of these names, the file's name."""

@@ -16,7 +16,7 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import LYCORIS, OWN, Rows, claimants, known_rows, prefixes, with_text_model, written_prefix
+from ..names import LYCORIS, OWN, Rows, claimants, known_rows, length_of, prefixes, with_text_model, written_prefix
 from . import embedding
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Kohya(Layout):
         starts = _starts(known_rows())
         if not name.startswith(starts):  # asked for the names of all layouts
             return None
-        return max(len(start) for start in starts if name.startswith(start))
+        return length_of(name, starts)
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names alone."""
@@ -129,8 +129,8 @@ def refuse_own(layout: str, content: Content) -> None:
 
 @cache
 def _starts(known: Rows) -> tuple[str, ...]:
-    """What flat names begin with."""
-    return OWN, LYCORIS, *prefixes()
+    """What flat names begin with, the longest first."""
+    return tuple(sorted((OWN, LYCORIS, *prefixes()), key=len, reverse=True))
 
 
 def _place(name: str) -> Place | None:

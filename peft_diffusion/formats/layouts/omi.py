@@ -59,9 +59,9 @@ def _starts(known: Rows) -> Mapping[str, str]:
 def _parts(name: str) -> tuple[str, str, str] | None:
     """What a name begins with, the component that this means, and the suffix; None for a name of another layout."""
     starts = _starts(known_rows())
-    start = next((start for start in starts if name.startswith(start)), None)
-    if start is None:
+    if not name.startswith(tuple(starts)):  # asked for the names of all layouts
         return None
+    start = next(start for start in starts if name.startswith(start))
     suffix = max((one for one in aliases().own if name.endswith(f".{one}")), key=len, default=None)
     if suffix is None or len(name) <= len(start) + len(suffix) + 1:
         return None

@@ -14,7 +14,7 @@ from ...core.errors import UserError
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Reading, Written, register
-from ..names import LYCORIS, Rows, known_rows, rows, with_text_model
+from ..names import LYCORIS, Rows, known_rows, length_of, rows, with_text_model
 from . import dotted, kohya
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Original(Layout):
             return None
         if "." in name.partition(".")[2] and not name.startswith(_flat_starts(known)) and aliases().parts(name) is None:
             return None  # of OneTrainer, which keeps the dots and names tensors as kohya's layout does
-        return max(len(start) for start in _beginnings(known) if name.startswith(start))
+        return length_of(name, _beginnings(known))
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """As the flat and the dotted names that they are."""
@@ -112,10 +112,11 @@ def _flat_starts(known: Rows) -> tuple[str, ...]:
 
 @cache
 def _beginnings(known: Rows) -> tuple[str, ...]:
-    """What names begin with that only the original has."""
+    """What names begin with that only the original has, the longest first."""
     first = dict.fromkeys([*_BLOCKS, *(name.partition(".")[0] for name in _OUTER.values())])
     flat = (f"{start}{name}_" for start in _flat_starts(known) for name in first)
-    return (*flat, *(f"{start}{name}." for one in _unets() for start in one.dotted for name in first))
+    dotted = (f"{start}{name}." for one in _unets() for start in one.dotted for name in first)
+    return tuple(sorted((*flat, *dotted), key=len, reverse=True))
 
 
 def _unets() -> list[families.Component]:

@@ -130,19 +130,28 @@ def stored(site: Site, tensors: Mapping[str, Described], constant: float) -> Pai
     Returns:
         The form; None where there is something about the pair that `read_pair` has to see to, or to refuse.
     """
-    pair, alpha = [tensors[end] for end in (DOWN, UP) if end in tensors], tensors.get(ALPHA)
-    if len(pair) < 2 or {one.dtype for one in pair} - _EXACT or (alpha is not None and math.prod(alpha.shape) != 1):
-        return None
-    down, up = (one.shape for one in pair)
-    # Of 8 bits it is converted when it is read.
-    narrow = alpha is not None and alpha.dtype.is_floating_point and alpha.dtype.itemsize == 1
-    if narrow or min(math.prod(down), math.prod(up)) < 2 or len(up) < 2:
+    down, up = tensors.get(DOWN), tensors.get(UP)
+    if down is None or up is None:
         return None
     convolution = isinstance(site, nn.Conv2d) and site.groups == 1 and site.padding_mode == "zeros"
     if not convolution and not isinstance(site, nn.Linear):
         return None
-    outputs, *inputs = weight_shape(site)
-    (rank, *width), (rows, *ranks) = down, up
+    return _form(weight_shape(site), down, up, tensors.get(ALPHA), constant)
+
+
+@lru_cache(maxsize=1000)  # the sites of a network have few shapes
+def _form(
+    weight: tuple[int, ...], down: Described, up: Described, alpha: Described | None, constant: float
+) -> PairForm | None:
+    """See `stored`: the form of a pair at a weight of that shape."""
+    if {down.dtype, up.dtype} - _EXACT or (alpha is not None and math.prod(alpha.shape) != 1):
+        return None
+    # Of 8 bits it is converted when it is read.
+    narrow = alpha is not None and alpha.dtype.is_floating_point and alpha.dtype.itemsize == 1
+    if narrow or min(math.prod(down.shape), math.prod(up.shape)) < 2 or len(up.shape) < 2:
+        return None
+    outputs, *inputs = weight
+    (rank, *width), (rows, *ranks) = down.shape, up.shape
     flat = width == inputs[:1] if len(width) < len(inputs) else width[: len(inputs)] == inputs
     if not flat or math.prod(width) != math.prod(inputs) or rows != outputs or math.prod(ranks) != rank:
         return None
