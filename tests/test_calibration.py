@@ -369,7 +369,7 @@ def test_strengths_by_pictures_are_looked_for_again_where_the_loss_is_no_quadrat
 
     class Steep(_Bowl):
         def loss(self, name: str, amounts: Mapping[str, float | ByPart]) -> float:
-            steep = sum((float(one) / 0.5) ** 4 for one in amounts.values())  # type: ignore[arg-type]
+            steep = math.fsum((float(one) / 0.5) ** 4 for one in amounts.values())  # type: ignore[arg-type]
             return super().loss(name, amounts) + (steep if len(amounts) == 2 else 0.0)
 
     losses = Steep({"a": 0.2, "b": 0.2}, ((2.0, 0.0), (0.0, 2.0)))
