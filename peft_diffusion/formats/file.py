@@ -327,7 +327,10 @@ def load(
     bound = bind(found, pipe)
     in_memory = aside is not None or found.loaded is not None
     data = None if in_memory else found.data(keep=not build, pinned=pinned, beside=True)
-    bound, modules = _there(bound)
+    modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
+    if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
+        _tables.forget()
+        bound = bind(found, pipe)
     stored = bound.stored(modules, data, beside=beside) if aside is None and not build else {}
     tensors: Mapping[str, Tensor] = {}
     left = _left(bound, stored)
@@ -353,15 +356,6 @@ def load(
     warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
     reading = data if beside and stored else None
     return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left, reading)
-
-
-def _there(bound: "Bound") -> "tuple[Bound, dict[str, dict[str, nn.Module]]]":
-    """What a file is bound to, as the components are now, and their modules by component and path."""
-    modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
-    if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
-        _tables.forget()
-        bound = bind(bound.plan, bound.base)
-    return bound, modules
 
 
 def _left(bound: "Bound", stored: Mapping[str, Mapping[str, StoredPair]]) -> "list[tuple[str, str]]":
