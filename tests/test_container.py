@@ -114,28 +114,3 @@ def test_what_a_header_does_not_tell_is_looked_at_in_each_file_of_its_shape(tmp_
     damaged = container.read_header(written(tmp_path / "nan.safetensors", whole, struct.pack("<2f", 1, float("nan"))))
     with pytest.raises(UserError, match="tensor a holds NaN"):
         container.read_tensors(damaged)
-
-
-def test_a_file_that_is_read_beside_is_the_same_and_waits_for_nobody_to_tell_its_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(container, "_MUCH", 1)  # small files too
-    file = tmp_path / "one.safetensors"
-    container.write(file, TENSORS, {})
-    header = container.read_header(file)
-    now, beside = container.read_data(header), container.read_data(header, beside=True)
-    places = beside.places()
-    assert beside.digests() == now.digests() == (hashlib.sha256(file.read_bytes()).hexdigest(), now.digests()[1])
-    assert [one.data_ptr() for one in places] == [one.data_ptr() for one in beside.flats()]
-    assert all(torch.equal(one, other) for one, other in zip(places, now.flats(), strict=True))
-    reading = container.Data.read
-
-    def cut_short(self: container.Data) -> None:
-        file.write_bytes(file.read_bytes()[:-8])
-        reading(self)
-
-    monkeypatch.setattr(container.Data, "read", cut_short)
-    data = container.read_data(header, beside=True)
-    for ask in (data.flats, data.tensors, data.digests):
-        with pytest.raises(UserError, match="ends within its tensors"):
-            ask()

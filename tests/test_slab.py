@@ -16,7 +16,6 @@ from peft_diffusion.core import site, slab
 from peft_diffusion.core.adapter import Adapter, LowRank, Pair, PairForm, Piece, StoredPair
 from peft_diffusion.core.slab import LivePair, Wanted
 from peft_diffusion.core.slot import state_of
-from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters, Schedule
 
 
@@ -276,31 +275,3 @@ def test_a_module_that_took_the_place_of_another_is_looked_at(files: dict[str, P
     pipe.unet.set_submodule(path, torch.nn.Linear(layer.in_features, layer.out_features, bias=False))
     adapters.load(files["b"], "own")
     assert site.slots(pipe.unet)[path].adapters.stored("own") is not None
-
-
-@pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are read on another thread too."""
-    monkeypatch.setattr(container, "_MUCH", 1)
-
-
-@pytest.mark.usefixtures("beside")
-@pytest.mark.parametrize("number", [1, float("nan")])
-def test_sites_are_ready_before_the_file_is_read(files: dict[str, Path], number: float, tmp_path: Path) -> None:
-    """A file without alphas is waited for at the end; one that is damaged then leaves nothing behind."""
-    tensors = {name: number * one for name, one in load_file(files["b"]).items() if not name.endswith("alpha")}
-    save_file(tensors, tmp_path / "late.safetensors")
-    pipe, other = make_pipe(), make_pipe()
-    adapters = Adapters(pipe)
-    adapters.load(files["a"], "own", 0.5)
-    before = drawn(pipe)
-    if number == 1:
-        Adapters(other).load(tmp_path / "late.safetensors")
-        assert close(drawn(other), alone(tmp_path / "late.safetensors", 1.0))
-        return
-    for pipeline, loader, left in ((other, Adapters(other), ()), (pipe, adapters, ("own",))):
-        with pytest.raises(UserError, match="holds NaN or infinity"):
-            loader.load(tmp_path / "late.safetensors", "late")
-        assert loader.names == left and bool(site.sites(pipeline.unet)) == bool(left)
-    assert torch.equal(drawn(pipe), before)
-    assert torch.equal(drawn(other), drawn(make_pipe()))

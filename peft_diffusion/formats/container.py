@@ -9,7 +9,6 @@ import pickle
 import shutil
 import struct
 import sys
-import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -240,14 +239,12 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     return read_data(header).tensors()
 
 
-def read_data(header: Header, *, pinned: bool = False, beside: bool = False) -> "Data":
+def read_data(header: Header, *, pinned: bool = False) -> "Data":
     """Read all that a safetensors file holds behind its header, with one read.
 
     Args:
         header: Of the file.
         pinned: Whether into memory that stays in its place, from which a GPU copies faster.
-        beside: Whether another thread may read it, and look for NaN in it. Whoever asks for what was read waits for that,
-            and is told what is wrong with the file then.
 
     Returns:
         Its bytes.
@@ -256,12 +253,18 @@ def read_data(header: Header, *, pinned: bool = False, beside: bool = False) -> 
         UserError: The file changed since its header was read, or cannot be read.
     """
     refuse_changed(header)
-    data = Data(header, _memory(max(0, header.size - header.begin), pinned))
-    if beside and header.size >= _MUCH:
-        data.read_beside()
-    else:
-        data.read()
-    return data
+    with refusing(f"{header.path} cannot be read"), header.path.open("rb", buffering=0) as file:
+        start = struct.unpack("<Q", file.read(8))[0]
+        head = struct.pack("<Q", start) + file.read(start)
+        numbers = _memory(max(0, header.size - len(head)), pinned)
+        room = bytes_of(numbers)
+        while len(room):
+            count = file.readinto(room)
+            if not count:
+                raise UserError(f"{header.path} ends within its tensors")
+            room = room[count:]
+    refuse_changed(header)
+    return Data(header, head, numbers)
 
 
 def _memory(size: int, pinned: bool) -> "Tensor":
@@ -282,51 +285,14 @@ class Data:
 
     Args:
         header: Of the file.
-        numbers: Memory for the bytes behind it, as many as there are.
+        head: The bytes of the header, with its length.
+        numbers: The bytes behind it.
     """
 
-    def __init__(self, header: Header, numbers: "Tensor") -> None:
+    def __init__(self, header: Header, head: bytes, numbers: "Tensor") -> None:
         self._header = header
-        self._head = b""
+        self._head = head
         self._numbers = numbers
-        self._reader: threading.Thread | None = None
-        self._failed: BaseException | None = None
-
-    def read(self) -> None:
-        """Read the file.
-
-        Raises:
-            UserError: The file changed since its header was read, or cannot be read.
-        """
-        path = self._header.path
-        with refusing(f"{path} cannot be read"), path.open("rb", buffering=0) as file:
-            self._head = file.read(self._header.begin)
-            room = bytes_of(self._numbers)
-            while len(room):
-                count = file.readinto(room)
-                if not count:
-                    raise UserError(f"{path} ends within its tensors")
-                room = room[count:]
-        refuse_changed(self._header)
-
-    def read_beside(self) -> None:
-        """Read the file on another thread, and look there whether it is whole. Python runs on meanwhile."""
-        self._reader = threading.Thread(target=self._read_whole, name="adapter file", daemon=True)
-        self._reader.start()
-
-    def _read_whole(self) -> None:
-        try:
-            self.read()
-            _ = self._is_whole
-        except BaseException as error:
-            self._failed = error
-
-    def _finish(self) -> None:
-        """Wait for what is being read. Raises UserError as `read`."""
-        if self._reader is not None:
-            self._reader.join()
-        if self._failed is not None:
-            raise self._failed
 
     def tensors(self) -> dict[str, "Tensor"]:
         """Give the tensors, as `read_tensors` does.
@@ -339,24 +305,12 @@ class Data:
         """
         from ..core.adapter import cut
 
-        self._finish()
         runs, places = self._numbers_of, self._listing.places
         tensors = {}
         for name, one in self._listing.tensors.items():
             run, start = places[name]
             tensors[name] = cut(runs[run], start, one.shape)
         return tensors if self._is_whole else _usable(self._header.path, tensors)
-
-    def places(self) -> list["Tensor"]:
-        """Give where the numbers of each run of the header's listing are going to be, while the file may still be read.
-
-        Returns:
-            The tensors of `flats`, whose numbers hold only after that was called.
-
-        Raises:
-            UserError: As `tensors`, where the numbers are waited for, as they have to be copied.
-        """
-        return self._numbers_of if all(map(_is_aligned, self._listing.runs)) else self.flats()
 
     def flats(self) -> list["Tensor"]:
         """Give the numbers of each run of the header's listing.
@@ -367,7 +321,6 @@ class Data:
         Raises:
             UserError: As `tensors`.
         """
-        self._finish()
         if not self._is_whole:
             self.tensors()
         return self._numbers_of
@@ -377,11 +330,7 @@ class Data:
 
         Returns:
             The SHA-256 of all of it and that of its tensors, as hex digits.
-
-        Raises:
-            UserError: As `read`, where that is not done yet.
         """
-        self._finish()
         data, whole = bytes_of(self._numbers), hashlib.sha256(self._head)
         whole.update(data)
         return whole.hexdigest(), hashlib.sha256(data).hexdigest()
@@ -401,7 +350,7 @@ class Data:
     def _run(self, run: Run) -> "Tensor":
         kind = torch_dtype(run)
         data = self._numbers[run.start : run.end]
-        if not _is_aligned(run):  # written after tensors of narrower numbers
+        if run.start % kind.itemsize:  # written after tensors of narrower numbers
             data = data.clone()
         return data.view(kind)
 
@@ -411,11 +360,6 @@ class Data:
         return all(
             not numbers.is_floating_point() or (numbers.itemsize > 1 and is_finite(numbers)) for numbers in self._numbers_of
         )
-
-
-def _is_aligned(run: Run) -> bool:
-    """Whether torch can look at the numbers of a run where they were read."""
-    return run.start % _BYTES[run.dtype] == 0
 
 
 class Stored(Mapping[str, "Tensor"]):

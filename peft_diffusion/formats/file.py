@@ -71,7 +71,6 @@ class Loaded:
         plan: What the file was planned to hold.
         stored: Of further sites, the pairs as the file holds them, by component and path; none where all was to be built.
         left: By name, why a tensor of the file makes no part of an adapter.
-        data: What may still be read, see `finish`; None where all is.
     """
 
     components: dict[str, dict[str, Adapter]]
@@ -81,16 +80,6 @@ class Loaded:
     plan: Plan
     stored: Mapping[str, Mapping[str, StoredPair]] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
-    data: container.Data | None = field(default=None, repr=False, compare=False)
-
-    def finish(self) -> None:
-        """Wait for the rest of the file. Before that, nobody may look at the numbers of what is `stored`.
-
-        Raises:
-            UserError: The file was changed since it was planned, cannot be read, or holds NaN or infinity.
-        """
-        if self.data is not None:
-            self.data.flats()
 
     def at(self, component: str) -> dict[str, Adapter | StoredPair]:
         """Give all that there is for a component, for ``attach_built``.
@@ -302,7 +291,6 @@ def load(
     info: "Info | None" = None,
     pinned: bool = False,
     aside: Callable[[Tensor], Tensor] | None = None,
-    beside: bool = False,
 ) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
@@ -315,7 +303,6 @@ def load(
         pinned: Whether to read into memory that stays in its place, from which a GPU copies faster.
         aside: Puts a tensor aside, as `core.spill.Spill.put`; then one site at a time is read and in memory. Otherwise the
             file is read at once.
-        beside: Whether another thread may still read what is `Loaded.stored`: then call `Loaded.finish` before it is used.
 
     Returns:
         The adapters.
@@ -325,13 +312,12 @@ def load(
     """
     found = source if isinstance(source, Plan) else plan(source)
     bound = bind(found, pipe)
-    in_memory = aside is not None or found.loaded is not None
-    data = None if in_memory else found.data(keep=not build, pinned=pinned, beside=True)
+    data = None if aside is not None or found.loaded is not None else found.data(keep=not build, pinned=pinned)
     modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
     if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
         _tables.forget()
         bound = bind(found, pipe)
-    stored = bound.stored(modules, data, beside=beside) if aside is None and not build else {}
+    stored = bound.stored(modules, data) if aside is None and not build else {}
     tensors: Mapping[str, Tensor] = {}
     left = _left(bound, stored)
     if left:
@@ -354,8 +340,7 @@ def load(
         tuple(bound.left),
     )
     warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
-    reading = data if beside and stored else None
-    return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left, reading)
+    return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left)
 
 
 def _left(bound: "Bound", stored: Mapping[str, Mapping[str, StoredPair]]) -> "list[tuple[str, str]]":
@@ -502,14 +487,13 @@ class Bound:
     _known: "Recent[container.Listing, _Forms]"
 
     def stored(
-        self, modules: Mapping[str, Mapping[str, nn.Module]], data: container.Data | None, *, beside: bool = False
+        self, modules: Mapping[str, Mapping[str, nn.Module]], data: container.Data | None
     ) -> dict[str, dict[str, StoredPair]]:
         """Take the pairs of a file as it holds them.
 
         Args:
             modules: Those of the components with sites, by component and path.
             data: The bytes of the file; None for a pickle, whose tensors the plan has.
-            beside: Whether another thread may go on reading them, where no scale is made of them.
 
         Returns:
             Those of sites with nothing but a pair of low rank, by component and path.
@@ -529,9 +513,7 @@ class Bound:
             told = {name: Described(container.torch_dtype(one), one.shape) for name, one in entries}
             forms = self._forms(modules, told, listing.places)
             self._known.put(listing, forms)
-        if not forms.sites:
-            return {}
-        return forms.pairs(data.places() if beside and not forms.numbers else data.flats())
+        return forms.pairs(data.flats()) if forms.sites else {}
 
     def _forms(
         self,

@@ -274,13 +274,12 @@ class Plan:
         """
         return dict(self.loaded) if self.loaded is not None else self.data(keep=keep, pinned=pinned).tensors()
 
-    def data(self, *, keep: bool = False, pinned: bool = False, beside: bool = False) -> container.Data:
+    def data(self, *, keep: bool = False, pinned: bool = False) -> container.Data:
         """Read what a safetensors file holds.
 
         Args:
             keep: As for `tensors`.
             pinned: As for `tensors`.
-            beside: As for `container.read_data`.
 
         Returns:
             Its bytes.
@@ -288,9 +287,9 @@ class Plan:
         Raises:
             UserError: As `container.read_data` does.
         """
-        data = container.read_data(self.header, pinned=pinned, beside=beside)
-        if keep and not self.__dict__.keys() & {"sha256", "_digests"}:
-            self._data[:] = [data]
+        data = container.read_data(self.header, pinned=pinned)
+        if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
+            self._data.append(data)
         return data
 
     @property

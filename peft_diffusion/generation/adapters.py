@@ -236,7 +236,7 @@ class Adapters:
         if chosen in registry.names or chosen in self.waiting:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         given = _planned(source, component, word)
-        read = self._read(given, strict, beside=self._tiers is None)
+        read = self._read(given, strict)
         told = _told(chosen, given, read)
         if self._waits(chosen, Known(given, told, strict, read), strength):
             for warning in read.warnings:
@@ -256,7 +256,6 @@ class Adapters:
             self._refuse_fused("load an adapter")
             registry.enter(name, told)
             teach(self.pipe)
-            read.finish()  # sites were made ready meanwhile
             if isinstance(strength, (int, float)) and strength == 1:  # as it came
                 follow_steps(self.pipe)
             else:
@@ -272,15 +271,10 @@ class Adapters:
                 self._tiers.forget(name)
             raise
 
-    def _read(self, given: Plan, strict: bool, *, beside: bool = False) -> Loaded:
-        """Read the file of a plan, where adapters are to wait into memory from which a GPU copies fast.
-
-        With ``beside`` the rest of it may still be read, until `Loaded.finish`.
-        """
+    def _read(self, given: Plan, strict: bool) -> Loaded:
+        """Read the file of a plan, where adapters are to wait into memory from which a GPU copies fast."""
         pinned = self._tiers is not None and any(next(part.parameters()).is_cuda for part in components(self.pipe).values())
-        read = formats.load(
-            given, self.pipe, strict=strict, build=False, info=lambda: self.base, pinned=pinned, beside=beside
-        )
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base, pinned=pinned)
         self.loads += 1
         return read
 
