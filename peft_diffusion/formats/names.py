@@ -51,7 +51,7 @@ _known: tuple[tuple[Family, ...], Rows] = ((), Rows())
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Look up which families and methods there are once, for all names of a file: each layout asks for them with each name."""
+    """Look up once for all names of a file which families and methods there are: layouts ask with each of them."""
     before = SETTLED.rows, SETTLED.aliases
     SETTLED.rows = known_rows()
     try:

@@ -30,7 +30,18 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Whole, Written, register
-from ..names import LYCORIS, TEXT_MODEL, Rows, claimants, dotted_starts, known_rows, length_of, prefixes, rows, with_text_model
+from ..names import (
+    LYCORIS,
+    TEXT_MODEL,
+    Rows,
+    claimants,
+    dotted_starts,
+    known_rows,
+    length_of,
+    prefixes,
+    rows,
+    with_text_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
