@@ -46,7 +46,7 @@ from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.tasks.diffusion import Examples
 from scripts.blends import judges
 from scripts.blends.make_data import SAMPLES
-from scripts.blends.trained import BESIDE, DROPOUT, KEEP, config_of, drawings, emptied, prompts_of
+from scripts.blends.trained import BESIDE, DROPOUT, KEEP, caption_held, config_of, drawings, emptied, prompts_of
 from scripts.build_base.captions import with_article
 from scripts.build_base.make_samples import HELD_OUT
 from scripts.build_base.sources import icon_set
@@ -122,7 +122,8 @@ def main() -> None:
     results: Path = options.output / "results"
     results.mkdir(parents=True, exist_ok=True)
     if not options.only_report:
-        _caption_held(options)
+        for style in options.styles:
+            caption_held(options.data, style, options.output / "held" / style, options.pictures)
         alone = [(seed, style, options) for seed in options.seeds for style in options.styles]
         in_processes(train_alone, alone, options.processes, began, options.minutes, threads=1)
         ordered = [
@@ -136,20 +137,6 @@ def main() -> None:
             jobs = [(job, options) for job in ordered if (VARIANTS[job.variant].onto is not None) == last]
             in_processes(measure_one, jobs, options.processes, began, options.minutes, threads=1)
     report(options)
-
-
-def _caption_held(options: argparse.Namespace) -> None:
-    """Write the drawings that nobody trained on with the captions that call their style."""
-    for style in options.styles:
-        given, made = options.data / "styles" / style / "held", options.output / "held" / style
-        made.mkdir(parents=True, exist_ok=True)
-        template, rows = icon_set(SAMPLES[style]).template, []
-        for name, words in list(
-            zip(sorted(path.name for path in given.glob("*.webp")), judges.captions(given), strict=True)
-        )[: options.pictures]:
-            (made / name).write_bytes((given / name).read_bytes())
-            rows.append(json.dumps({"file_name": name, "text": template.format(with_article(words))}))
-        (made / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def train_alone(job: tuple[int, str, argparse.Namespace]) -> str:

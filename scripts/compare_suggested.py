@@ -17,7 +17,6 @@ pictures. What prompts suggest is measured for each seed, and figures are means 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,12 +38,8 @@ from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.tasks.diffusion import Examples
-from scripts.blends import judges
-from scripts.blends.make_data import SAMPLES
-from scripts.blends.trained import drawings, emptied, prompts_of
+from scripts.blends.trained import caption_held, drawings, emptied, prompts_of
 from scripts.blends.ways import Pair
-from scripts.build_base.captions import with_article
-from scripts.build_base.sources import icon_set
 from scripts.compare_blends import PAIRS, train_one
 from scripts.measuring import circumstances, in_processes, late, markdown_table, run, say, write_results
 
@@ -97,15 +92,8 @@ def main() -> None:
 
 def side_of(adapters: Adapters, name: str, options: argparse.Namespace) -> Side:
     """Read and encode the pictures that nobody trained on, with captions that call the adapter."""
-    kind = "subjects" if (options.data / "subjects" / name).exists() else "styles"
-    given, made = options.data / kind / name / "held", options.output / "held" / name
-    made.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for file, words in zip(sorted(given.glob("*.webp")), judges.captions(given), strict=True):
-        text = words if kind == "subjects" else icon_set(SAMPLES.get(name, name)).template.format(with_article(words))
-        (made / file.name).write_bytes(file.read_bytes())
-        rows.append(json.dumps({"file_name": file.name, "text": text}))
-    (made / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    made = options.output / "held" / name
+    caption_held(options.data, name, made)
     gallery = at_most(read_gallery(made, name, adapters.pipe), options.pictures)
     return Side(gallery, encoded(gallery, adapters.pipe), gallery.some(options.prompts))
 

@@ -1,6 +1,7 @@
 """The adapters that are compared: what each learns from, how it is trained, and which are on the base."""
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,10 @@ from peft_diffusion.bases import embedded
 from peft_diffusion.data.folder import scan
 from peft_diffusion.generation import Adapters
 from peft_diffusion.training import TrainConfig
+from scripts.blends import judges
+from scripts.blends.make_data import SAMPLES
+from scripts.build_base.captions import with_article
+from scripts.build_base.sources import icon_set
 
 KEEP: Mapping[str, Any] = {"beside_keep": 1.0}
 DROPOUT: Mapping[str, Any] = {"beside_dropout": 0.5}
@@ -29,6 +34,18 @@ def prompts_of(folder: Path) -> list[str]:
     found = scan(folder)
     found.check()
     return [picture.caption for picture in found.pictures if picture.caption is not None]
+
+
+def caption_held(data: Path, name: str, made: Path, count: int | None = None) -> None:
+    """Write drawings of a style or character that nobody trained on, with captions that call its adapter; all by default."""
+    kind = "subjects" if (data / "subjects" / name).exists() else "styles"
+    given, rows = data / kind / name / "held", []
+    made.mkdir(parents=True, exist_ok=True)
+    for file, words in list(zip(sorted(given.glob("*.webp")), judges.captions(given), strict=True))[:count]:
+        text = words if kind == "subjects" else icon_set(SAMPLES.get(name, name)).template.format(with_article(words))
+        (made / file.name).write_bytes(file.read_bytes())
+        rows.append(json.dumps({"file_name": file.name, "text": text}))
+    (made / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def config_of(what: str, file: Path, options: argparse.Namespace, given: Mapping[str, Any]) -> TrainConfig:
