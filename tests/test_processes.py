@@ -104,12 +104,12 @@ def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -
 
 
 def accelerate(*flags: str, folder: Path, code: str, command: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
-    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts new interpreters."""
+    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts interpreters of its own."""
     (folder / "run.py").write_text(code)
     launcher = ["-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
     hidden = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"CUDA_VISIBLE_DEVICES": ""}
-    return forked.python([*map(str, (*launcher, *command))], None, environment)
+    return forked.python([*map(str, (*launcher, *command))], None, environment, forks=True)
 
 
 def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base: Path, tmp_path: Path) -> None:
