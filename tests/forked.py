@@ -130,9 +130,7 @@ class Started:
         forks: Whether the Pythons that it starts itself, by ``sys.executable``, are forked as it is.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], cwd: Path | None, environment: dict[str, str], forks: bool = False
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path | None, environment: dict[str, str], forks: bool = False) -> None:
         self.arguments = list(arguments)
         self._outputs = tempfile.TemporaryDirectory()
         executable = None

@@ -293,7 +293,7 @@ sys.exit(run_process())
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
-    more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
+    more = ["--base", tiny_base, "--steps", "20", "--count", "500", "--batch-size", "1", "--output", "out"]
     started = forked.Started(["-c", HEARS_CTRL_C, "generate", "a cat", *map(str, more)], tmp_path, environment())
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "a-cat-0.png").exists() and time.monotonic() < deadline:
