@@ -314,7 +314,6 @@ class Comparison:
         adapters = Adapters(self.pipe)
         names = [f"a{number}" for number in range(count)]
 
-
         def remove() -> None:
             for name in adapters.names:
                 adapters.remove(name)

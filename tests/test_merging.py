@@ -42,8 +42,9 @@ def test_files_of_any_precision_are_merged_as_they_are(computed: torch.dtype, he
     adapters.merge()
     differing, count = 0, 0
     for path in meant[0]:
-        changes = (strength * up @ down for strength, (down, up) in zip(STRENGTHS, (one[path] for one in meant), strict=True))
-        wanted = (before[path] + sum(changes)).to(computed)
+        pairs = zip(STRENGTHS, (one[path] for one in meant), strict=True)
+        changes = [strength * up @ down for strength, (down, up) in pairs]
+        wanted = sum(changes, before[path]).to(computed)
         now = layers[path].weight
         differing, count = differing + int((now != wanted).sum()), count + now.numel()
         torch.testing.assert_close(now, wanted)
@@ -60,4 +61,3 @@ def test_what_is_merged_is_what_files_hold_and_not_what_a_base_of_fewer_digits_c
     adapters.merge()
     held, computed = (before + up @ down).bfloat16(), (before + up.bfloat16().double() @ down.bfloat16().double()).bfloat16()
     assert (layer.weight != held).sum() < (layer.weight != computed).sum() / 10
-
