@@ -16,7 +16,9 @@ STRENGTHS = (0.7, 1.3, -0.4)
 
 def written(unet: nn.Module, file: Path, seed: int, rank: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """A LoRA of kohya's layout with a scale that no float of 16 bits holds; returns its downs and scaled ups, in float64."""
-    chance, tensors, meant = torch.Generator().manual_seed(seed), {}, {}
+    chance = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    meant: dict[str, tuple[Tensor, Tensor]] = {}
     for path, module in unet.named_modules():
         if isinstance(module, nn.Linear) and path.endswith(LAYERS):
             stem = f"lora_unet_{path.replace('.', '_')}"
