@@ -7,12 +7,14 @@
 Weights are random and the LoRAs (rank 16, on attention) are files that both sides load. First the gate: a step of both sides
 gives the same, up to the rounding of the precision. Then, for each side: loading the first and the last file, setting a
 strength, exchanging one file for another, a step of the network (batch 2, one guided picture), and the whole picture. Peak
-memory is that of the picture. Medians, in milliseconds. With ``--compiled`` their UNet runs through ``torch.compile`` as
-well, in each mode that is named; its first call is the time that compiling takes.
+memory is that of the picture. Medians, in milliseconds; what loads and merges is timed from its second turn on. With
+``--compiled`` their UNet runs through ``torch.compile`` as well, in each mode that is named; its first call is the time that
+compiling takes.
 """
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
@@ -236,6 +238,19 @@ class Comparison:
 
         return self._time(several) / IN_A_ROW
 
+    def _loaded(
+        self, found: dict[str, Any], names: list[str], load: Callable[[Path, str], object], unload: Callable[[], object]
+    ) -> None:
+        """Load files one after the other, and again after they are gone; the first time warms up."""
+        times: dict[str, list[float]] = {}
+        for turn in range(self.options.repeats + 1):
+            if turn:
+                unload()
+            for name, file in zip(names, self.files, strict=False):
+                times.setdefault(name, []).append(self._time(partial(load, file, name), 1, 0))
+        found["load the first"] = statistics.median(times[names[0]][1:])
+        found["load the last"] = statistics.median(times[names[-1]][1:])
+
     def _drawn(self, found: dict[str, Any]) -> None:
         found["step"] = self._step(self._answer)
         with peak_memory() as peak:
@@ -265,10 +280,11 @@ class Comparison:
         """diffusers with peft."""
         found: dict[str, Any] = {}
         names = [f"a{number}" for number in range(count)]
-        for name, file in zip(names, self.files, strict=False):
-            took = self._time(partial(self.pipe.load_lora_weights, file, adapter_name=name), 1, 0)
-            found.setdefault("load the first", took)
-            found["load the last"] = took
+
+        def load(file: Path, name: str) -> None:
+            self.pipe.load_lora_weights(file, adapter_name=name)
+
+        self._loaded(found, names, load, self.pipe.unload_lora_weights)
         found["set"] = self._time(lambda: self.pipe.set_adapters(names, [0.5] * count))
         self._drawn(found)
         found["answer"] = self._answer()
@@ -297,10 +313,12 @@ class Comparison:
         found: dict[str, Any] = {}
         adapters = Adapters(self.pipe)
         names = [f"a{number}" for number in range(count)]
-        for name, file in zip(names, self.files, strict=False):
-            took = self._time(partial(adapters.load, file, name), 1, 0)
-            found.setdefault("load the first", took)
-            found["load the last"] = took
+
+        def remove() -> None:
+            for name in adapters.names:
+                adapters.remove(name)
+
+        self._loaded(found, names, adapters.load, remove)
         adapters.fast(True)
         found["set"] = self._time(lambda: adapters.set(dict.fromkeys(names, 0.5)))
         self._drawn(found)
@@ -309,18 +327,19 @@ class Comparison:
             found |= {f"{name}, compiled ({mode})": found[name] for name in ("step", "picture")}
         before = adapters.recordings
 
-        def swap() -> None:
-            adapters.remove(names[-1])
-            adapters.load(self.files[-1], names[-1], 0.5)
-
-        found["swap"] = self._time(swap)
+        others = itertools.cycle(self.files[-2:])
+        found["swap"] = self._time(lambda: adapters.swap(names[-1], next(others)))
         found["first step after a swap"] = self._time(self._answer, 1, 0)
         print(f"{self.kind} {count} LoRAs: {before} recordings, {adapters.recordings - before} more by swapping", flush=True)
-        found["merge"] = self._time(adapters.merge, 1, 0)
+        merges, unmerges = [], []
+        for _ in range(self.options.repeats + 1):
+            merges.append(self._time(adapters.merge, 1, 0))
+            unmerges.append(self._time(adapters.unmerge, 1, 0))
+        found |= {"merge": statistics.median(merges[1:]), "unmerge": statistics.median(unmerges[1:])}
+        adapters.merge()
         found["merged step"] = self._step(self._answer)
-        found["unmerge"] = self._time(adapters.unmerge, 1, 0)
-        for name in adapters.names:
-            adapters.remove(name)
+        adapters.unmerge()
+        remove()
         adapters.fast(False)
         return found
 

@@ -345,17 +345,18 @@ class Slab(nn.Module):
         return [name for name, pair in pairs.items() if (found := held.get(name)) is None or found.pair is not pair]
 
     def weighed(self, values: Tensor, blocks: Mapping[int, int]) -> dict[int, LowRank]:
-        """Give the pairs of sites at their strengths, where these are what files hold.
+        """Give the pairs of sites at their strengths, as files hold them: what was rounded to what the base computes in is
+        taken from the files again.
 
         Args:
             values: The strengths, (rows, blocks), where the slab lies.
             blocks: The block of each site, by its place.
 
         Returns:
-            In float32, ``down`` (room, inputs) and ``up`` (outputs, room), by place; nothing for a site with a pair that was
-            rounded to what the base computes in, or is of parameters that may have changed.
+            In float32, ``down`` (room, inputs) and ``up`` (outputs, room), by place; nothing for a site with a pair of
+            parameters, which may have changed.
         """
-        regions = {place: region for place in blocks if (region := self._regions[place]) is not None and _is_kept(region)}
+        regions = {place: region for place in blocks if (region := self._regions[place]) is not None and _is_stored(region)}
         if not regions:
             return {}
         each = torch.zeros(len(self._rows), dtype=torch.int64)
@@ -363,6 +364,10 @@ class Slab(nn.Module):
             each[region.rows : region.rows + region.room] = blocks[place]
         amounts = values[self._rows, each.to(self._rows.device)].unsqueeze(1)
         flats = {dtype: flat.float() for dtype, flat in self._flats.items()}
+        held = ((place, one, region.dtype) for place, region in regions.items() for one in region.held.values())
+        rounded = [(place, one) for place, one, dtype in held if not _is_exact(one.pair, dtype)]
+        if rounded:
+            _write(self._series(rounded, apart=True), flats, self.device)
         found = {}
         for place, region in regions.items():
             down, up = _matrices(region, flats)
@@ -465,12 +470,7 @@ class Slab(nn.Module):
         """Write pairs to where they are held, those of one file with one copy to the device."""
         series = self._series(placed, apart=True)
         if series:
-            flats = self._flats
-            places = [one.in_slab(flats) for one in series]
-            pairs = uploaded(series, self.device)
-            # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
-            torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
-            _fill_scaled([up.transpose(1, 2) for _, up in places], pairs)
+            _write(series, self._flats, self.device)
         for one in series:
             one.in_rows(self._host_rows).fill_(one.row)
         self._rows.copy_(self._host_rows)
@@ -546,6 +546,15 @@ class Slab(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._look()
+
+
+def _write(series: Sequence[Series], flats: Mapping[torch.dtype, Tensor], device: torch.device) -> None:
+    """Write pairs to where they are held, in the flat tensors of a slab by the dtypes of regions."""
+    places = [one.in_slab(flats) for one in series]
+    pairs = uploaded(series, device)
+    # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
+    torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
+    _fill_scaled([up.transpose(1, 2) for _, up in places], pairs)
 
 
 def _fill_scaled(places: list[Tensor], pairs: Sequence[Matrices]) -> None:
@@ -629,19 +638,20 @@ def _matrices(region: _Region, flats: Mapping[torch.dtype, Tensor]) -> tuple[Ten
     return cut(flat, region.down, (room, *region.shape[1:])), cut(flat, region.up, (room, region.shape[0]))
 
 
-def _is_kept(region: _Region) -> bool:
-    """Whether a region holds what files do."""
-    pairs = [held.pair for held in region.held.values()]
-    return all(isinstance(one, StoredPair) and _is_exact(one, region.dtype) for one in pairs)
+def _is_stored(region: _Region) -> bool:
+    """Whether all that a region holds is of files."""
+    return all(isinstance(held.pair, StoredPair) for held in region.held.values())
 
 
-def _is_exact(pair: StoredPair, dtype: torch.dtype) -> bool:
-    """Whether a pair is in a dtype what it is in float32, with the scale in its up."""
+def _is_exact(pair: Pair | None, dtype: torch.dtype) -> bool:
+    """Whether a pair of a file is in a dtype what it is in float32, with the scale in its up."""
+    if not isinstance(pair, StoredPair):
+        return False
+    scale, held = pair.scale, {pair.down.flat.dtype, pair.up.flat.dtype}
     if dtype == torch.float32:
         return True
-    scale = pair.scale
     turned = scale == 1 or (dtype == torch.bfloat16 and math.frexp(scale)[0] == 0.5)  # a power of 2 moves no digit
-    return turned and pair.down.flat.dtype == pair.up.flat.dtype == dtype
+    return turned and held == {dtype}
 
 
 def _reserve(sizes: dict[torch.dtype, int], dtype: torch.dtype, size: int) -> int:

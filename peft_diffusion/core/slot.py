@@ -348,8 +348,18 @@ def state_of(component: nn.Module) -> ComponentState | None:
     if seen is None:
         return _state(component)
     if component not in seen.states:
-        seen.states[component] = _state(component)
+        found = seen.modules.get(component)
+        seen.states[component] = _state(component) if found is None else _state_in(found)
     return seen.states[component]
+
+
+def _state_in(modules: list[tuple[str, nn.Module]]) -> ComponentState | None:
+    """What the first slot of these tells: where they are known, the component need not be gone through again."""
+    for _, module in modules:
+        slot = module._modules.get(SLOT)
+        if isinstance(slot, Slot):
+            return slot.state
+    return None
 
 
 def _state(component: nn.Module) -> ComponentState | None:

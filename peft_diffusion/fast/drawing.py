@@ -282,11 +282,14 @@ class Engine:
             self._drop()
             self._give_back()
             self._lay_out()
+        laid_out = self._operands is None
         if self._operands is None:
             self._operands = Operands(self.network)
-        if self._operands.follow():
+        moved = self._operands.follow()
+        if moved:
             self._drop()
-        self._reads = _Reads(self.network)  # where all lies now
+        if laid_out or moved:
+            self._reads = _Reads(self.network)  # where all lies now
         self._weighed = self._told = None
 
     def _give_back(self) -> None:

@@ -177,23 +177,25 @@ class Operands:
         self._up.zero_()
         ranks = sum(group.ranks for group in self._groups.values())
         rows = torch.zeros(ranks, dtype=torch.long, device=self.device)  # free places are 0, whatever their strength
-        blocks = torch.zeros(ranks, dtype=torch.long, device=self.device)
+        blocks = torch.zeros(ranks, dtype=torch.long)
         places: list[Tensor] = []
         held: list[Tensor] = []
+        of_rows: list[Tensor] = []
         for group in self._groups.values():
             for number, layer in enumerate(group.layers):
                 slot = slot_of(layer)
                 if slot is None or slot.packed is None:
                     continue
                 view, first = slot.packed.view, number * group.room
-                count = len(view.down)
+                count, begin = len(view.down), group.offset + first
                 places += [self._down[group.width][group.start + first :][:count], self._ups(group)[number, :count]]
                 held += [view.down, view.up]
-                rows[group.offset + first :][:count].copy_(view.rows)
-                blocks[group.offset + first :][:count].fill_(slot.block)
+                of_rows += [rows[begin : begin + count], view.rows]
+                blocks[begin : begin + count] = slot.block
         if places:
             torch._foreach_copy_(places, held)
-        self._rows, self._blocks = rows, blocks
+            torch._foreach_copy_(of_rows[::2], of_rows[1::2])
+        self._rows, self._blocks = rows, blocks.to(self.device)
 
     def _ups(self, group: Group) -> Tensor:
         """(layers, room, out)."""

@@ -30,6 +30,7 @@ from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
 from ..core.regions import present
 from ..core.registry import Registry
+from ..core.slot import walk
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown, with_blocks
 from ..core.strength_schedule import Schedule, Timed
 from ..fast import drawing
@@ -231,6 +232,8 @@ class Adapters:
                 merged. Nothing is changed then.
         """
         registry, file = self._registry, _file(source)
+        for part in components(self.pipe).values():
+            walk(part)  # now, as all is gone through in the end: what follows finds adapters in what was found
         registry.refuse_merged("load another")
         chosen = self._free_name(title(file)) if name is None else name
         if chosen in registry.names or chosen in self.waiting:
