@@ -113,7 +113,7 @@ def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -
 
 
 def accelerate(*flags: str, folder: Path, code: str, command: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
-    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts interpreters of its own."""
+    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts Pythons of its own."""
     (folder / "run.py").write_text(code)
     launcher = ["-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
     hidden = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
