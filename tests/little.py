@@ -33,10 +33,12 @@ _EMPTY = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklE
 
 
 def draw_little_from_here() -> None:
-    """Let the runs of this process and of those that it forks write one point for each plot, where `PLOTS` is not set.
+    """Let this process and those that it forks draw by few steps, and write a point for each plot unless `PLOTS` is set.
 
-    Two plots take as long as twenty steps, and no test of a process but that of the plots themselves looks at them.
+    Two plots take as long as twenty steps, and no test of a process but that of the plots themselves looks at them. The
+    denoising steps are those where a command names none.
     """
+    from peft_diffusion.generation import settings
     from peft_diffusion.training.record import plots, recorder
 
     def little(path: Path, metrics: list[dict[str, Any]]) -> None:
@@ -48,3 +50,4 @@ def draw_little_from_here() -> None:
     drawn = {"loss.png": "draw", "signals.png": "draw_signals"}
     for name in drawn.values():
         setattr(recorder, name, little)
+    settings._STEPS = 4

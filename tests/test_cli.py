@@ -319,9 +319,10 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_base_of_fewer_bits_needs_is_there(tmp_path: Path) -> None:
+def test_what_a_base_of_fewer_bits_needs_is_there(tiny_base: Path, tmp_path: Path) -> None:
     """Libraries look for packages once, when they are imported."""
-    done = drawn_anew("generate", "a", "--steps", 1, "--device", "cpu", "-o", "a.png", "--quantize", "int8", cwd=tmp_path)
+    flags = ["--base", tiny_base, "--steps", 1, "--device", "cpu", "-o", "a.png", "--quantize", "int8"]
+    done = drawn_anew("generate", "a", *flags, cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == "(True, True)" and (tmp_path / "a.png").is_file()
 
 
