@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,7 @@ class _Life:
     cwd: str | None
     environment: dict[str, str]
     outputs: str  # the folder of its stdout and stderr
+    executable: str | None = None  # what it starts Pythons by, instead of its own
 
     def lead(self) -> None:
         os.setsid()  # a signal for the group of the tests is none for it
@@ -101,6 +103,8 @@ class _Life:
             opened = os.open(Path(self.outputs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, number)
             os.close(opened)
+        if self.executable is not None:
+            sys.executable = self.executable
         first, *rest = self.arguments
         added = [entry for entry in self.environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
         beside = str(Path.cwd() if first.startswith("-") else Path(first).parent)
@@ -123,12 +127,19 @@ class Started:
         arguments: As Python takes them: ``-m NAME``, ``-c CODE``, or a script's path, and its own arguments.
         cwd: The folder that it works in.
         environment: All of its environment.
+        forks: Whether the Pythons that it starts itself, by ``sys.executable``, are forked as it is.
     """
 
-    def __init__(self, arguments: Sequence[str], cwd: Path | None, environment: dict[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path | None, environment: dict[str, str], forks: bool = False) -> None:
         self.arguments = list(arguments)
         self._outputs = tempfile.TemporaryDirectory()
-        life = _Life(self.arguments, None if cwd is None else str(cwd), environment, self._outputs.name)
+        executable = None
+        if forks and SHAREABLE:
+            if _SHARED not in os.environ:
+                share()
+            environment = {**environment, _SHARED: os.environ[_SHARED]}
+            executable = _write_stand_in(Path(self._outputs.name, "python"))
+        life = _Life(self.arguments, None if cwd is None else str(cwd), environment, self._outputs.name, executable)
         self.process = begin(life.lead)
 
     @property
@@ -165,10 +176,52 @@ class Started:
         return path.read_text("utf-8") if path.exists() else ""
 
 
-def python(arguments: Sequence[str], cwd: Path | None, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run ``python ARGUMENTS`` to its end: forked where that can be, else as a new interpreter."""
+def python(
+    arguments: Sequence[str], cwd: Path | None, environment: dict[str, str], forks: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end: forked where that can be, else as a new interpreter.
+
+    Args:
+        arguments: As of `Started`.
+        cwd: As of `Started`.
+        environment: As of `Started`.
+        forks: As of `Started`.
+
+    Returns:
+        What it printed, and its exit code.
+    """
     if POSSIBLE:
-        return Started(arguments, cwd, environment).wait()
+        return Started(arguments, cwd, environment, forks).wait()
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, text=True, capture_output=True, timeout=300
     )
+
+
+def _write_stand_in(path: Path) -> str:
+    """Write a program that is called as Python is, see `stand_in`; returns its path."""
+    path.write_text(f"""#!{sys.executable}
+import sys
+sys.path.append({HERE!r})
+import forked
+if __name__ == "__main__":
+    forked.stand_in()
+""")
+    path.chmod(0o755)
+    return str(path)
+
+
+def stand_in() -> None:
+    """Do what ``python ARGUMENTS`` does, in a process that is forked from the one that has imported the libraries.
+
+    A launcher of several processes finds one of its own to signal and to wait for, which imports next to nothing.
+    """
+    arguments = sys.argv[2:] if sys.argv[1] == "-u" else sys.argv[1:]  # what is printed goes to a file first
+    started = Started(arguments, Path.cwd(), dict(os.environ))
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(started.pid, number))
+    done = started.wait()
+    print(done.stdout, end="", flush=True)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode < 0:  # ended by a signal, which whoever waits shall see
+        signal.signal(-done.returncode, signal.SIG_DFL)
+        os.kill(os.getpid(), -done.returncode)
+    sys.exit(done.returncode)

@@ -1,6 +1,10 @@
 """How little the runs of the tests measure and draw."""
 
+import base64
 import importlib
+import os
+from pathlib import Path
+from typing import Any
 
 _TASKS = "peft_diffusion.training.tasks"
 # Six steps of training, which many tests make, take an eighth of the time of what a run measures with them.
@@ -21,3 +25,29 @@ def measure_little_from_here() -> None:
     for place, value in LITTLE.items():
         module, _, name = place.rpartition(".")
         setattr(importlib.import_module(module), name, value)
+
+
+# A process of the tests draws its plots with it in its environment.
+PLOTS = "TESTS_DRAW_PLOTS"
+_EMPTY = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
+
+
+def draw_little_from_here() -> None:
+    """Let this process and those that it forks draw by few steps, and write a point for each plot unless `PLOTS` is set.
+
+    Two plots take as long as twenty steps, and no test of a process but that of the plots themselves looks at them. The
+    denoising steps are those where a command names none.
+    """
+    from peft_diffusion.generation import settings
+    from peft_diffusion.training.record import plots, recorder
+
+    def little(path: Path, metrics: list[dict[str, Any]]) -> None:
+        if PLOTS in os.environ:
+            getattr(plots, drawn[path.name])(path, metrics)
+        else:
+            path.write_bytes(_EMPTY)
+
+    drawn = {"loss.png": "draw", "signals.png": "draw_signals"}
+    for name in drawn.values():
+        setattr(recorder, name, little)
+    settings._STEPS = 4

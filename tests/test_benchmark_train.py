@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_the_script_compares_and_tells_all_it_found(tmp_path: Path) -> None:
     flags = ["--tiny", "--device", "cpu", "--precision", "float32", "--gate-steps", "3", "--warm-ups", "1"]
     flags += ["--sides", "ours", "floor", "peft", "--turns", "2", "--output", str(tmp_path)]
-    done = forked.python([str(SCRIPT), *flags], None, environment())
+    done = forked.python([str(SCRIPT), *flags], None, environment(), forks=True)
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert not any("error" in line for line in told)

@@ -293,7 +293,7 @@ sys.exit(run_process())
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
-    more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
+    more = ["--base", tiny_base, "--steps", "20", "--count", "500", "--batch-size", "1", "--output", "out"]
     started = forked.Started(["-c", HEARS_CTRL_C, "generate", "a cat", *map(str, more)], tmp_path, environment())
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "a-cat-0.png").exists() and time.monotonic() < deadline:
@@ -319,9 +319,10 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_base_of_fewer_bits_needs_is_there(tmp_path: Path) -> None:
+def test_what_a_base_of_fewer_bits_needs_is_there(tiny_base: Path, tmp_path: Path) -> None:
     """Libraries look for packages once, when they are imported."""
-    done = drawn_anew("generate", "a", "--steps", 1, "--device", "cpu", "-o", "a.png", "--quantize", "int8", cwd=tmp_path)
+    flags = ["--base", tiny_base, "--steps", 1, "--device", "cpu", "-o", "a.png", "--quantize", "int8"]
+    done = drawn_anew("generate", "a", *flags, cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == "(True, True)" and (tmp_path / "a.png").is_file()
 
 

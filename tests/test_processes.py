@@ -12,6 +12,8 @@ import forked
 import pytest
 import torch
 from language import save_lm
+from little import PLOTS
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import draw_pictures
 
@@ -46,21 +48,28 @@ def assert_same(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-6)
 
 
-def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does_with_twice_the_batch(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     flags = [
-        "--base", tiny_base, "--device", "cpu", "--rank", 2, "--steps", 6, "--warmup", 0, "--preview-steps", 2,
-        "--save-every", 3, "--log-every", 2, "--held-out", 0.2, "--components", "unet,text_encoder", "--accumulation", 2,
+        "--base", tiny_base, "--device", "cpu", "--rank", 2, "--steps", 4, "--warmup", 0, "--preview-steps", 1,
+        "--save-every", 2, "--log-every", 2, "--held-out", 0.2, "--components", "unet,text_encoder", "--accumulation", 2,
     ]  # fmt: skip
 
     def command(name: str, batch: int) -> list[object]:
         return ["train", pictures, "--output", tmp_path / f"{name}.safetensors", "--run-dir", tmp_path / name,
                 "--batch-size", batch, *flags]  # fmt: skip
 
-    launch(1, *command("one", 4))
+    with monkeypatch.context() as patched:
+        patched.setenv(PLOTS, "1")
+        launch(1, *command("one", 4))
+    for plot in ("loss.png", "signals.png"):
+        with Image.open(tmp_path / "one" / plot) as drawn:
+            assert min(drawn.size) > 100
     told = launch(2, *command("two", 2))
     assert_same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
-    assert "6 steps of 8 pictures (4 in each of 2 processes)" in told[0].stderr + told[0].stdout
+    assert "4 steps of 8 pictures (4 in each of 2 processes)" in told[0].stderr + told[0].stdout
     assert "wrote" not in told[1].stderr + told[1].stdout
     lines = {name: _metrics(tmp_path / name) for name in ("one", "two")}
     assert [line["step"] for line in lines["one"]] == [line["step"] for line in lines["two"]]
@@ -73,7 +82,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path,
     (alone,) = launch(1, *command("two", 2), "--resume", "--overwrite", expected=1)
     assert "had 2 processes, and there are 1 now" in alone.stderr
     # Going on, in as many processes, is as if nothing had been.
-    for newer in (tmp_path / "two" / "checkpoints").glob("step_000006*"):
+    for newer in (tmp_path / "two" / "checkpoints").glob("step_000004*"):
         newer.unlink()
     (tmp_path / "two.safetensors").rename(tmp_path / "whole.safetensors")
     launch(2, *command("two", 2), "--resume")
@@ -85,7 +94,7 @@ def test_two_processes_learn_text(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
-    flags = ["--base", tmp_path / "lm", "--device", "cpu", "--rank", 2, "--steps", 5, "--context", 24]
+    flags = ["--base", tmp_path / "lm", "--device", "cpu", "--rank", 2, "--steps", 3, "--context", 24]
     for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
         place = ["--output", tmp_path / f"{name}.safetensors", "--run-dir", tmp_path / name]
         launch(processes, "text", "train", words, *place, "--batch-size", batch, *flags)
@@ -104,12 +113,12 @@ def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -
 
 
 def accelerate(*flags: str, folder: Path, code: str, command: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
-    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts new interpreters."""
+    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts Pythons of its own."""
     (folder / "run.py").write_text(code)
     launcher = ["-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
     hidden = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"CUDA_VISIBLE_DEVICES": ""}
-    return forked.python([*map(str, (*launcher, *command))], None, environment)
+    return forked.python([*map(str, (*launcher, *command))], None, environment, forks=True)
 
 
 def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base: Path, tmp_path: Path) -> None:

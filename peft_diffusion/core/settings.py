@@ -21,7 +21,7 @@ import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import (
@@ -296,28 +296,28 @@ class Described:
         """Its flag, and all others for it."""
         return (self.flag, *self.setting.flag.aliases)
 
-    @property
+    @cached_property
     def several(self) -> bool:
         """Whether it has any number of values."""
         return get_origin(self._one_of) is tuple
 
-    @property
+    @cached_property
     def optional(self) -> bool:
         """Whether it may be None."""
         return type(None) in get_args(self.hint)
 
-    @property
+    @cached_property
     def single(self) -> Any:
         """The type of one value: a plain type or a ``Literal``."""
         return get_args(self._one_of)[0] if self.several else self._one_of
 
-    @property
+    @cached_property
     def nested(self) -> type[Settings] | None:
         """The class of settings that one value is; None where it is a plain value."""
         found: type[Settings] | None = self.single if hasattr(self.single, "__dataclass_fields__") else None
         return found
 
-    @property
+    @cached_property
     def choices(self) -> tuple[str, ...]:
         """The values that one may have, where they are few."""
         return get_args(self.single) if get_origin(self.single) is Literal else ()
@@ -327,7 +327,7 @@ class Described:
         """The type of one value, as `describe` calls it."""
         return "choice" if self.choices else "table" if self.nested else _KINDS[self.single][0]
 
-    @property
+    @cached_property
     def _one_of(self) -> Any:
         """The annotation without None."""
         if get_origin(self.hint) not in (Union, types.UnionType):
