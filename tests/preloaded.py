@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from contextlib import suppress
 
 gc.disable()  # nothing that is imported goes again
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,11 +23,16 @@ from PIL import Image  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 import peft_diffusion.api  # noqa: E402
-import peft_diffusion.cli.parser  # noqa: E402
 import peft_diffusion.generation.generate  # noqa: E402, F401
+from peft_diffusion.cli.commands import WrongCommandLineError  # noqa: E402
+from peft_diffusion.cli.parser import run  # noqa: E402
 
 Image.init()
 get_checkpoint_conversion_mapping("clip")  # of all models, at the first: half the time that reading a small base takes
+# What flags are made of is found out at the first command line; of all commands, where one is not found.
+for command in ("train", "generate", "blend", "inspect", "none"):
+    with suppress(WrongCommandLineError):
+        run([command, "--none"])
 
 without_waiting()
 measure_little_from_here()

@@ -82,14 +82,14 @@ def test_the_service_answers_in_turn_and_lets_the_last_client_cancel(tmp_path: P
 
 
 def test_the_sheet_shows_one_adapter_at_every_strength(folder: Path, tmp_path: Path) -> None:
-    prompts, strengths = ["openmoji emoji of a cat", "openmoji emoji of a key"], ["0", "1", "3"]
-    flags = ["--folder", folder, "--train-steps", 2, "--steps", 1, "--output", "sheet.png"]
+    prompts, strengths = ["openmoji emoji of a cat", "openmoji emoji of a key"], ["0", "3"]
+    flags = ["--folder", folder, "--train-steps", 2, "--steps", 2, "--output", "sheet.png"]
     run("strength_sweep.py", "--prompts", *prompts, "--strengths", *strengths, *flags, cwd=tmp_path)
     assert load_file(tmp_path / "openmoji.safetensors")
     labels = [*(f"strength {strength}" for strength in strengths), "from 0 to 1 over the steps"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         drawn = [sheet.convert("RGB").crop(cell) for cell in cells(prompts, labels, 128)]
-    assert len(drawn) == 8 and all(picture.size == (128, 128) for picture in drawn)
+    assert len(drawn) == 6 and all(picture.size == (128, 128) for picture in drawn)
     assert all(one.tobytes() != other.tobytes() for one, other in combinations(drawn, 2))
 
 
