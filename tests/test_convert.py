@@ -334,7 +334,7 @@ def training(folder: Path, output: Path, **changes: Any) -> pd.TrainConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_measurements", "no_plots")
+@pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter_model.safetensors"
     pd.train(training(one_picture, output, save_as="peft", save_dtype="bf16"), pipe=make_pipe())

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from language import make_lm
 from safetensors.torch import load_file
 from test_training import draw_pictures
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train_text
@@ -32,7 +33,7 @@ from peft_diffusion.training.watch.previews import Previews
 
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 
 def learn(
@@ -139,6 +140,16 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, 
         assert torch.equal(arena.flat, before) and not arena.grad.any()
         loss(inputs).backward()  # what is allocated once and kept
         assert predicted == pytest.approx(measured(lambda: loss(inputs).backward()), rel=0.1)
+
+
+def test_operations_on_weights_are_looked_up_as_others_are() -> None:
+    layer = torch.nn.Linear(4, 8)
+    given = {"x": torch.randn(2, 4)}
+    FakeTensorMode.cache_clear()
+    first, second = (peak(lambda given: layer(given["x"]).square().mean().backward(), given, CPU) for _ in range(2))
+    found = FakeTensorMode.cache_info()
+    assert first == second > 0 and found.hits > 0
+    assert not {reason for reason in found.bypasses if "non-fake" in reason}
 
 
 def test_a_block_that_is_computed_again_keeps_a_forward_of_its_own() -> None:

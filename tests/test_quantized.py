@@ -321,7 +321,7 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_measurements", "no_plots")
+@pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     kind: Quantize, tiny_base: Path, tmp_path: Path
@@ -360,7 +360,7 @@ def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: P
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_measurements", "no_plots")
+@pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"

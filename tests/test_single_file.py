@@ -26,7 +26,7 @@ from peft_diffusion.generation.recipe import Recipe
 from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")]
 
 torch.set_num_threads(1)
 KINDS = {

@@ -31,7 +31,7 @@ from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
 
 torch.set_num_threads(1)
 LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for beast in ("ox", "ass", "lion", "hen")
