@@ -116,7 +116,7 @@ def pipeline(kind: str, folder: Path, device: str, dtype: torch.dtype) -> Any:
 
 
 def lora_files(pipe: Any, count: int, folder: Path) -> list[Path]:
-    """Random LoRAs as diffusers writes them."""
+    """Random LoRAs in 16 bits, as diffusers names them."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     found = []
@@ -124,7 +124,7 @@ def lora_files(pipe: Any, count: int, folder: Path) -> list[Path]:
     tensors = get_peft_model_state_dict(pipe.unet, adapter_name="made")
     for number in range(count):
         chance = torch.Generator().manual_seed(number)
-        drawn = {name: 0.02 * torch.randn(tensor.shape, generator=chance) for name, tensor in tensors.items()}
+        drawn = {name: (0.02 * torch.randn(tensor.shape, generator=chance)).half() for name, tensor in tensors.items()}
         path = folder / f"lora{number}"
         type(pipe).save_lora_weights(path, unet_lora_layers=drawn)
         found.append(path / "pytorch_lora_weights.safetensors")

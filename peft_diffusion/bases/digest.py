@@ -16,7 +16,7 @@ _SAMPLES = 1024
 _GROUP, _AT_ONCE = 1 << 24, 1 << 20  # words that are weighed from 1 on, and those that are computed with at a time
 # Most tensors are small, and numpy asks less of a call than torch does: sums modulo 2 to the 64 are the same in any order.
 _FIRST_POSITIONS = np.arange(1, 1 + (1 << 17)) % 65521
-_FINGERPRINT = "fingerprint_before_quantization"  # an attribute of a quantized component
+_FINGERPRINT = "fingerprint_before_quantization"  # an attribute of a component that was quantized, or sharded
 
 
 @torch.no_grad()
@@ -101,10 +101,23 @@ def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device |
         UserError: As ``core.quantized.quantize``.
     """
     quantized.check(kind)
-    original = fingerprint(modules)
+    keep_fingerprint(modules)
     for module in modules.values():
         quantized.quantize(module, kind, device)
-        setattr(module, _FINGERPRINT, original)
+
+
+def keep_fingerprint(modules: Mapping[str, nn.Module]) -> None:
+    """Keep with all components of a base which one it is, for when its weights are changed or lie in several processes.
+
+    Args:
+        modules: By name.
+
+    Raises:
+        UserError: As `fingerprint`.
+    """
+    found = fingerprint(modules)
+    for module in modules.values():
+        setattr(module, _FINGERPRINT, found)
 
 
 def _readable(tensor: Tensor) -> Tensor:

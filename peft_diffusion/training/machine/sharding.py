@@ -13,6 +13,7 @@ from torch import nn
 
 from ...bases import components
 from ...bases import family as families
+from ...bases.digest import keep_fingerprint
 from ...bases.pipelines import Pipeline
 from ...core.errors import UserError
 from ...core.sharded import local_part
@@ -54,7 +55,8 @@ def sharing(processes: Processes, config: TrainConfig, pipe: Pipeline | None) ->
 def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseSharded:
     """Shard the denoiser and the components that are trained, and move the rest of a pipeline to the device, in place.
 
-    One block after the other goes there, so that the device never has to hold all.
+    One block after the other goes there, so that the device never has to hold all. Which base it is is found out before:
+    afterwards every tensor would have to be gathered for it.
 
     Args:
         pipe: The pipeline, on the CPU.
@@ -68,6 +70,7 @@ def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseS
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    keep_fingerprint(components(pipe))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     shared = {*families.components("denoiser"), *trained}
     parts = {name: part for name, part in components(pipe).items() if name in shared}
