@@ -18,6 +18,7 @@ gc.set_threshold(10_000, 20, 20)
 
 import forked  # noqa: E402
 import pytest  # noqa: E402
+from _pytest.logging import catching_logs  # noqa: E402
 from disk import without_waiting  # noqa: E402
 from little import LITTLE  # noqa: E402
 
@@ -56,6 +57,35 @@ def pytest_collection_finish() -> None:
     """Let the collector of garbage pass over what is imported to stay."""
     gc.collect()
     gc.freeze()
+
+
+def _catch_at_the_root(catching: Any) -> Any:
+    """Enter pytest's catching of logs at the root logger alone.
+
+    pytest also gives its handlers to each logger that passes nothing on, of which torch has 87, six times a test: a
+    millisecond for each of thousands of tests. This package's loggers pass on to the root.
+    """
+    root = logging.getLogger()
+    if catching.level is not None:
+        catching.handler.setLevel(catching.level)
+        catching.orig_level = root.level
+        root.setLevel(min(root.level, catching.level))
+    root.addHandler(catching.handler)
+    catching.attached_loggers = [root]
+    return catching.handler
+
+
+def _let_go_of_the_root(catching: Any, *_: object) -> None:
+    """Leave what `_catch_at_the_root` entered."""
+    root = logging.getLogger()
+    if catching.level is not None:
+        root.setLevel(catching.orig_level)
+    root.removeHandler(catching.handler)
+
+
+if "attached_loggers" in getattr(catching_logs, "__slots__", ()):  # since pytest 9.1
+    catching_logs.__enter__ = _catch_at_the_root  # type: ignore[method-assign]
+    catching_logs.__exit__ = _let_go_of_the_root  # type: ignore[method-assign]
 
 
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]

@@ -511,6 +511,23 @@ def test_a_sheet_shows_every_picture_as_it_is() -> None:
     assert bare.height < drawn.height
 
 
+def test_a_long_word_is_broken_where_it_no_longer_fits_in_a_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    length = sheet._length
+
+    def counted(text: str, size: int) -> float:
+        measured.append(text)
+        return length(text, size)
+
+    monkeypatch.setattr(sheet, "_length", counted)
+    word = "mill" * 50
+    lines = sheet._wrap(word, 100, 12)
+    assert "".join(lines) == word and len(measured) < 11 * len(lines)
+    for line, rest in pairwise(lines):
+        assert length(line, 12) <= 100 < length(line + rest[0], 12)
+    assert sheet._wrap("ab", 1, 12) == ["a", "b"]
+
+
 def test_a_sheet_refuses_labels_that_do_not_match() -> None:
     picture = Image.new("RGB", (8, 8))
     wrong: tuple[Any, ...] = (([[]],), ([[picture]], ["a", "b"]), ([[picture]], None, ["a", "b"]))

@@ -1,5 +1,6 @@
 """Contact sheets: pictures in rows and columns with readable labels."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -138,7 +139,7 @@ def _wrap(text: str, width: int, size: int) -> list[str]:
                 lines.append(line)
             line = word
             while _length(line, size) > width and len(line) > 1:
-                fitting = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or _length(line[:n], size) <= width)
+                fitting = _fitting(line, width, size)
                 lines.append(line[:fitting])
                 line = line[fitting:]
         lines.append(line)
@@ -180,6 +181,15 @@ def _paste_scaled(draw: ImageDraw.ImageDraw, run: fonts.Run, at: tuple[int, int]
     small = layer.resize(sides, Image.Resampling.LANCZOS)
     sheet: Image.Image = draw._image
     sheet.paste(small, (at[0], at[1] - small.height + size // 8), small)
+
+
+def _fitting(line: str, width: int, size: int) -> int:
+    """How many letters of a line that is too long fit, one at least; to try each number in turn takes seconds."""
+
+    def too_long(count: int) -> bool:
+        return _length(line[:count], size) > width
+
+    return max(1, bisect_left(range(1, len(line)), True, key=too_long))
 
 
 def _height(lines: Sequence[str], size: int) -> int:
