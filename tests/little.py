@@ -27,6 +27,7 @@ def measure_little_from_here() -> None:
         setattr(importlib.import_module(module), name, value)
 
 
+STEPS = 4  # denoising steps in processes of the tests, where a command names none
 # A process of the tests draws its plots with it in its environment.
 PLOTS = "TESTS_DRAW_PLOTS"
 _EMPTY = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
@@ -35,8 +36,7 @@ _EMPTY = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklE
 def draw_little_from_here() -> None:
     """Let this process and those that it forks draw by few steps, and write a point for each plot unless `PLOTS` is set.
 
-    Two plots take as long as twenty steps, and no test of a process but that of the plots themselves looks at them. The
-    denoising steps are those where a command names none.
+    Two plots take as long as twenty steps, and no test of a process but that of the plots themselves looks at them.
     """
     from peft_diffusion.generation import settings
     from peft_diffusion.training.record import plots, recorder
@@ -50,4 +50,4 @@ def draw_little_from_here() -> None:
     drawn = {"loss.png": "draw", "signals.png": "draw_signals"}
     for name in drawn.values():
         setattr(recorder, name, little)
-    settings._STEPS = 4
+    settings._STEPS = STEPS

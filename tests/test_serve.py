@@ -20,6 +20,7 @@ import requests
 import torch
 import webuiapi
 from conftest import make_pipe, make_xl_pipe
+from little import STEPS
 from making import environment, make_adapter
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
@@ -501,8 +502,9 @@ def test_a_second_pass_and_a_texture_are_those_of_generate(
 
 @pytest.mark.slow
 def test_what_is_left_out_is_as_generate_has_it(
-    address: str, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+    address: str, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("peft_diffusion.generation.settings._STEPS", STEPS)  # as in the server's process
     told = ask(address, "txt2img", {"prompt": "a cat", "seed": 1}).json()
     image = Image.open(io.BytesIO(base64.b64decode(told["images"][0])))
     own = alone(
