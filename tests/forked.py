@@ -222,6 +222,7 @@ def stand_in() -> None:
     print(done.stdout, end="", flush=True)
     print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode < 0:  # ended by a signal, which whoever waits shall see
-        signal.signal(-done.returncode, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # of one that cannot be caught, such as SIGKILL
+            signal.signal(-done.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -done.returncode)
     sys.exit(done.returncode)

@@ -245,3 +245,10 @@ def test_a_need_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: p
     learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe(), observers=[told.append], steps=1)
     (event,) = (event for event in told if isinstance(event, MemoryUnknown))
     assert "cannot be told before it (RuntimeError: no meta kernel)" in event.lines()[0]
+
+
+def test_work_that_reads_a_number_of_its_own_is_measured() -> None:
+    def work(given: Inputs) -> object:
+        return given["x"] * float(torch.tensor(3.0)) if bool(torch.tensor(True)) else None
+
+    assert peak(work, {"x": torch.zeros(128)}, torch.device("cpu")) >= 512

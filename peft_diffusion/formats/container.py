@@ -5,18 +5,15 @@ import itertools
 import json
 import math
 import mmap
-import os
 import pickle
 import shutil
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -42,7 +39,6 @@ _IN_FOLDERS = (
     "pytorch_lora_weights.bin",
 )
 _MUCH = 4 << 20  # bytes
-_READERS = 4  # threads that read one file; more add nothing where memory is written at its rate
 _SHOWN = 5  # folders that an error names
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -261,39 +257,14 @@ def read_data(header: Header, *, pinned: bool = False) -> "Data":
         start = struct.unpack("<Q", file.read(8))[0]
         head = struct.pack("<Q", start) + file.read(start)
         numbers = _memory(max(0, header.size - len(head)), pinned)
-        whole = _fill(header.path, file, bytes_of(numbers), len(head))
-    if not whole:
-        raise UserError(f"{header.path} ends within its tensors")
+        room = bytes_of(numbers)
+        while len(room):
+            count = file.readinto(room)
+            if not count:
+                raise UserError(f"{header.path} ends within its tensors")
+            room = room[count:]
     refuse_changed(header)
     return Data(header, head, numbers)
-
-
-def _fill(path: Path, file: RawIOBase, room: memoryview, start: int) -> bool:
-    """Read what a file holds from a place on, at which it stands; False where it ends before the room is full.
-
-    Of a large file parts are read side by side: what the system has read before is copied, and memory for it takes time.
-    """
-    many = min(_READERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if len(room) < _MUCH or many == 1:
-        return _fill_part(file, room)
-    length = -(-len(room) // many)
-
-    def part(begin: int) -> bool:
-        with path.open("rb", buffering=0) as own:  # each stands elsewhere
-            own.seek(start + begin)
-            return _fill_part(own, room[begin : begin + length])
-
-    with ThreadPoolExecutor(many) as readers:
-        return all(readers.map(part, range(0, len(room), length)))
-
-
-def _fill_part(file: RawIOBase, room: memoryview) -> bool:
-    while len(room):
-        count = file.readinto(room)
-        if not count:
-            return False
-        room = room[count:]
-    return True
 
 
 def _memory(size: int, pinned: bool) -> "Tensor":

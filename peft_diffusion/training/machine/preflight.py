@@ -98,6 +98,9 @@ def _workspace(device: torch.device) -> int:
     return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] == 9 else 8 * 2**20 + 2**16
 
 
+_CONSTANTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+
 class _Live(TorchDispatchMode):
     """Adds up the memory of the tensors that operations make, for as long as they live.
 
@@ -117,8 +120,11 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        named = {key: self._without_memory(one) for key, one in (kwargs or {}).items()}
-        made = func(*map(self._without_memory, args), **named)
+        if func in _CONSTANTS:  # whose numbers the mode keeps, for work that reads them
+            made = func(*args, **(kwargs or {}))
+        else:
+            named = {key: self._without_memory(one) for key, one in (kwargs or {}).items()}
+            made = func(*map(self._without_memory, args), **named)
         # What an operation writes into or looks at is there already.
         several = made if isinstance(made, (tuple, list)) else (made,)
         for returned, tensor in zip(func._schema.returns, several, strict=False):

@@ -65,6 +65,9 @@ def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseS
 
     Returns:
         What came of it, as an event.
+
+    Raises:
+        UserError: As `keep_fingerprint`.
     """
     # Not above: they take long to import, and few shard.
     from torch.distributed.device_mesh import init_device_mesh
