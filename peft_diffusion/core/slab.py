@@ -364,10 +364,14 @@ class Slab(nn.Module):
             each[region.rows : region.rows + region.room] = blocks[place]
         amounts = values[self._rows, each.to(self._rows.device)].unsqueeze(1)
         flats = {dtype: flat.float() for dtype, flat in self._flats.items()}
-        held = ((place, one, region.dtype) for place, region in regions.items() for one in region.held.values())
-        rounded = [(place, one) for place, one, dtype in held if not _is_exact(one.pair, dtype)]
-        if rounded:
-            _write(self._series(rounded, apart=True), flats, self.device)
+        # Never of float32, which is exact: those flat tensors are no copies.
+        rounded = [
+            (place, one)
+            for place, region in regions.items()
+            for one in region.held.values()
+            if isinstance(one.pair, StoredPair) and not _is_exact(one.pair, region.dtype)
+        ]
+        _write(self._series(rounded, apart=True), flats, self.device)
         found = {}
         for place, region in regions.items():
             down, up = _matrices(region, flats)
@@ -469,8 +473,7 @@ class Slab(nn.Module):
     def _fill(self, placed: Iterable[tuple[int, _Held]]) -> None:
         """Write pairs to where they are held, those of one file with one copy to the device."""
         series = self._series(placed, apart=True)
-        if series:
-            _write(series, self._flats, self.device)
+        _write(series, self._flats, self.device)
         for one in series:
             one.in_rows(self._host_rows).fill_(one.row)
         self._rows.copy_(self._host_rows)
@@ -550,6 +553,8 @@ class Slab(nn.Module):
 
 def _write(series: Sequence[Series], flats: Mapping[torch.dtype, Tensor], device: torch.device) -> None:
     """Write pairs to where they are held, in the flat tensors of a slab by the dtypes of regions."""
+    if not series:
+        return
     places = [one.in_slab(flats) for one in series]
     pairs = uploaded(series, device)
     # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
@@ -643,15 +648,13 @@ def _is_stored(region: _Region) -> bool:
     return all(isinstance(held.pair, StoredPair) for held in region.held.values())
 
 
-def _is_exact(pair: Pair | None, dtype: torch.dtype) -> bool:
-    """Whether a pair of a file is in a dtype what it is in float32, with the scale in its up."""
-    if not isinstance(pair, StoredPair):
-        return False
-    scale, held = pair.scale, {pair.down.flat.dtype, pair.up.flat.dtype}
+def _is_exact(pair: StoredPair, dtype: torch.dtype) -> bool:
+    """Whether a pair is in a dtype what it is in float32, with the scale in its up."""
     if dtype == torch.float32:
         return True
+    scale = pair.scale
     turned = scale == 1 or (dtype == torch.bfloat16 and math.frexp(scale)[0] == 0.5)  # a power of 2 moves no digit
-    return turned and held == {dtype}
+    return turned and pair.down.flat.dtype == pair.up.flat.dtype == dtype
 
 
 def _reserve(sizes: dict[torch.dtype, int], dtype: torch.dtype, size: int) -> int:

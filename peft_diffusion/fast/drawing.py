@@ -285,10 +285,8 @@ class Engine:
         laid_out = self._operands is None
         if self._operands is None:
             self._operands = Operands(self.network)
-        moved = self._operands.follow()
-        if moved:
+        if self._operands.follow() or laid_out:
             self._drop()
-        if laid_out or moved:
             self._reads = _Reads(self.network)  # where all lies now
         self._weighed = self._told = None
 

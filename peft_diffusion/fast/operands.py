@@ -180,7 +180,8 @@ class Operands:
         blocks = torch.zeros(ranks, dtype=torch.long)
         places: list[Tensor] = []
         held: list[Tensor] = []
-        of_rows: list[Tensor] = []
+        row_places: list[Tensor] = []
+        held_rows: list[Tensor] = []
         for group in self._groups.values():
             for number, layer in enumerate(group.layers):
                 slot = slot_of(layer)
@@ -190,11 +191,12 @@ class Operands:
                 count, begin = len(view.down), group.offset + first
                 places += [self._down[group.width][group.start + first :][:count], self._ups(group)[number, :count]]
                 held += [view.down, view.up]
-                of_rows += [rows[begin : begin + count], view.rows]
+                row_places.append(rows[begin : begin + count])
+                held_rows.append(view.rows)
                 blocks[begin : begin + count] = slot.block
         if places:
             torch._foreach_copy_(places, held)
-            torch._foreach_copy_(of_rows[::2], of_rows[1::2])
+            torch._foreach_copy_(row_places, held_rows)
         self._rows, self._blocks = rows, blocks.to(self.device)
 
     def _ups(self, group: Group) -> Tensor:
