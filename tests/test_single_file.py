@@ -74,23 +74,28 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures._ENCODERS["openclip-g"], "projection_dim", 64)
 
 
-def build(found: Architecture, dtype: torch.dtype = torch.float32) -> Any:
+def build(found: Architecture) -> Any:
     """A pipeline with random weights, from the configurations themselves."""
     torch.manual_seed(0)
+    parts, noise = _without_numbers(found), torch.randn(1 << 20)
+    for part in parts.values():
+        part.to_empty(device="cpu").requires_grad_(False)
+        for number, (name, tensor) in enumerate(part.state_dict().items()):
+            tensor.zero_() if name == _V_NORM else _fill(tensor, noise[1009 * number % 500_000 :])
+    return type("Pipe", (), parts)
+
+
+def _without_numbers(found: Architecture) -> dict[str, Any]:
+    """The networks of a pipeline; what layers begin as takes longer than all else here."""
     configs = found.configs()
-    with torch.device("meta"):  # what layers begin as takes longer than all else here
+    with torch.device("meta"):
         parts = {"unet": diffusers.UNet2DConditionModel(**_plain(configs["unet"]))}
         parts["vae"] = diffusers.AutoencoderKL(**_plain(configs["vae"]))
         for name in ("text_encoder", "text_encoder_2"):
             if name in configs:
                 cls = {"CLIPTextModel": CLIPTextModel}.get(configs[name]["architectures"][0], CLIPTextModelWithProjection)
                 parts[name] = cls(cls.config_class(**configs[name]))
-    noise = torch.randn(1 << 20).to(dtype)
-    for part in parts.values():
-        part.to(dtype).to_empty(device="cpu").requires_grad_(False)
-        for number, (name, tensor) in enumerate(part.state_dict().items()):
-            tensor.zero_() if name == _V_NORM else _fill(tensor, noise[1009 * number % 500_000 :])
-    return type("Pipe", (), parts)
+    return parts
 
 
 def _fill(tensor: torch.Tensor, noise: torch.Tensor) -> None:
@@ -206,13 +211,46 @@ def test_the_tokenizer_is_clips(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("naïve café, 東京?").input_ids, skip_special_tokens=True) == "naïve café , 東京 ?"
 
 
+_HEADER = 1 << 20  # bytes of a file before its numbers
+
+
+def in_a_file(found: Architecture, path: Path) -> Any:
+    """Write a checkpoint in half precision, and give the pipeline whose numbers lie in that file.
+
+    They are zeros, which are holes of the file, but for 2048 random ones at the beginning of every tensor and of every
+    quarter of a MiB of it: gigabytes that are made and written take seconds each.
+    """
+    torch.manual_seed(0)
+    parts, noise = _without_numbers(found), torch.randn(1 << 20).half().numpy()
+    tensors = [tensor for part in parts.values() for tensor in part.state_dict().values()]
+    end = _HEADER
+    with path.open("wb") as file:
+        for number, tensor in enumerate(tensors):
+            start, end = end, end + 2 * tensor.numel()
+            for place in range(start, end, 1 << 18):
+                file.seek(place)
+                file.write(noise[(1009 * number + place) % 1_000_000 :][: min(2048, (end - place) // 2)].tobytes())
+        file.truncate(end)
+    numbers = torch.from_file(str(path), shared=True, size=end // 2, dtype=torch.float16)
+    pieces = iter(numbers[_HEADER // 2 :].split([tensor.numel() for tensor in tensors]))
+    for part in parts.values():
+        own = {name: next(pieces).view(tensor.shape) for name, tensor in part.state_dict().items()}
+        part.requires_grad_(False).load_state_dict(own, assign=True)
+    pipe = type("Pipe", (), parts)
+    header = {}
+    for name, tensor in checkpoint(pipe).items():
+        start = tensor.data_ptr() - numbers.data_ptr() - _HEADER
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+    with path.open("r+b") as file:
+        file.write((_HEADER - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER - 8))
+    return pipe
+
+
 def test_stable_diffusion_1_5_in_its_true_size(tmp_path: Path) -> None:
-    found = KINDS["sd1"]
-    original = build(found, torch.float16)
+    original = in_a_file(KINDS["sd1"], tmp_path / "a.safetensors")
     assert sum(p.numel() for p in original.unet.parameters()) == 859_520_964
     assert sum(p.numel() for p in original.text_encoder.parameters()) == 123_060_480
     assert sum(p.numel() for p in original.vae.parameters()) == 83_653_863
-    save_file(checkpoint(original), tmp_path / "a.safetensors")
     pipe = load_base(tmp_path / "a.safetensors", device="cpu", dtype="float16")
     assert describe(pipe).family == "sd1" and pipe.unet.dtype == torch.float16
     for name in ("unet", "vae", "text_encoder"):
