@@ -71,21 +71,24 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
             samples.append(flat[:: max(1, flat.numel() // _SAMPLES)])
     digest = hashlib.sha256()
     for name, sample in zip(told, _rounded(samples), strict=True):
-        digest.update(name.encode() + sample.numpy().tobytes())
+        digest.update(name.encode() + sample)
     return digest.hexdigest()[:16]
 
 
-def _rounded(samples: Sequence[Tensor]) -> list[Tensor]:
-    """Samples on the CPU, numbers as the bits of bfloat16. Those of a kind come from their device with one copy."""
+def _rounded(samples: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of samples, numbers as those of bfloat16. Those of a kind come from their device with one copy."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, sample in enumerate(samples):
         kinds.setdefault((sample.device, sample.dtype), []).append(number)
-    found = list(samples)
+    found = [b""] * len(samples)
     for (_, dtype), numbers in kinds.items():
         whole = torch.cat([samples[number] for number in numbers])
         whole = (whole.to(torch.bfloat16).view(torch.int16) if dtype.is_floating_point else whole).cpu()
-        for number, part in zip(numbers, whole.split([len(samples[number]) for number in numbers]), strict=True):
-            found[number] = part
+        content, start = whole.numpy().tobytes(), 0
+        for number in numbers:
+            end = start + samples[number].numel() * whole.element_size()
+            found[number] = content[start:end]
+            start = end
     return found
 
 

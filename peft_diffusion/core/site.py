@@ -408,8 +408,8 @@ def freeze(component: nn.Module) -> None:
         component: The module.
     """
     for module in targets.modules(component).values():
-        module.training = False
-        for own in module.parameters(recurse=False):
+        _set_training(module, False)
+        for _, own in _own(module):
             own.requires_grad_(False)
 
 
@@ -434,14 +434,21 @@ def frozen(components: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module, training, wanted in before:
-            module.training = training
+            _set_training(module, training)
             for name, own in _own(module):
                 if own.requires_grad != wanted.get(name, own.requires_grad):
                     own.requires_grad_(wanted[name])
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=False, remove_duplicate=False)
+    """A module's own parameters by name: what ``named_parameters`` gives of it, several times faster."""
+    return ((name, own) for name, own in module._parameters.items() if own is not None)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    """Put a module into a mode. To set an attribute of one takes long, and most are in the mode that is wanted."""
+    if module.training != training:
+        module.training = training
 
 
 @one_at_a_time
@@ -682,6 +689,8 @@ def _check_one_state(component: nn.Module, modules: Iterable[nn.Module], blocks:
 def _device(*modules: nn.Module) -> torch.device:
     """Where the first parameter lies."""
     for module in modules:
+        for _, parameter in _own(module):  # those of a site: to look below it takes ten times as long
+            return parameter.device
         for parameter in module.parameters():
             return parameter.device
     return torch.device("cpu")

@@ -284,6 +284,8 @@ class _Job:
 
     def pixels(self, entries: Sequence[Key]) -> Tensor:
         """The pictures of a batch, (batch, 3, height, width), from -1 to 1."""
+        if len(entries) == 1:  # as on a CPU, each time
+            return self._one(entries[0])[None]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return torch.stack(list(pool.map(self._one, entries)))
 

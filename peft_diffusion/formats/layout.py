@@ -8,6 +8,7 @@ a plug-in or an entry point of the group ``peft_diffusion.layouts``: see `core.p
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
@@ -272,11 +273,17 @@ def known() -> Mapping[str, Layout]:
     Raises:
         UserError: A plug-in cannot be imported.
     """
+    _import_own()
+    plugins.discover(plugins.LAYOUTS_GROUP)
+    return LAYOUTS
+
+
+@cache
+def _import_own() -> None:
+    """Import the layouts of this package."""
     package = import_module(".layouts", __package__)
     for module in iter_modules(package.__path__):
         import_module(f".{module.name}", package.__name__)
-    plugins.discover(plugins.LAYOUTS_GROUP)
-    return LAYOUTS
 
 
 def find(name: str) -> Layout:

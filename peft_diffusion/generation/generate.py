@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -763,10 +764,13 @@ def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order, quality:
 
 
 def _versions() -> dict[str, str]:
-    found = {"peft_diffusion": __version__}
-    for package in ("torch", "diffusers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return {"peft_diffusion": __version__, **{name: _version(name) for name in ("torch", "diffusers", "transformers")}}
+
+
+@cache
+def _version(package: str) -> str:
+    """What is installed, which is looked up among all packages: once, as what was imported stays."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
