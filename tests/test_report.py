@@ -275,6 +275,19 @@ def test_trials_are_short_at_first() -> None:
     assert [trial_steps(steps) for steps in (5, 60, 300, 1500)] == [5, 20, 60, 300]
 
 
+def test_a_picture_that_was_replaced_or_taken_away_is_shown_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    shown = []
+    for colour in ("red", "red", "blue"):
+        aside = tmp_path / "aside.png"
+        Image.new("RGB", (8, 8), colour).save(aside)
+        aside.replace(path)
+        shown.append(report.picture(path))
+    assert shown[0] is not None and shown[0] == shown[1] == report.inlined(Image.new("RGB", (8, 8), "red"), 8) != shown[2]
+    path.unlink()
+    assert report.picture(path) is None
+
+
 @pytest.mark.slow
 def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 8)

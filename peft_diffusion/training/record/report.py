@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +249,17 @@ def picture(path: Path) -> str | None:
         The address; None where it cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            return inlined(file, _SIDE)
+        found = path.stat()
+        return _encoded(path, (found.st_ino, found.st_mtime_ns, found.st_size))
     except Exception:  # as decoders meet damage
         return None
+
+
+@lru_cache(maxsize=256)
+def _encoded(path: Path, version: tuple[int, int, int]) -> str:
+    """The address of a picture, made once for each version of its file: a run writes its page with every checkpoint."""
+    with Image.open(path) as file:
+        return inlined(file, _SIDE)
 
 
 def inlined(image: Image.Image, side: int) -> str:
