@@ -11,34 +11,20 @@ T = TypeVar("T")
 
 
 class _Pickler(pickle.Pickler):
-    """Sets tensors aside, which are copied faster than they are pickled."""
+    """Sets tensors aside, which are copied faster than they are pickled: each once, so that what was shared is again."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
         self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
 
     def persistent_id(self, obj: object) -> int | None:
         if not isinstance(obj, torch.Tensor):
             return None
-        self.tensors.append(obj)
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    """Puts copies of the tensors back, one of each, so that what was shared is shared again."""
-
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-        self._copies: dict[int, torch.Tensor] = {}
-
-    def persistent_load(self, pid: int) -> torch.Tensor:
-        one = self._tensors[pid]
-        if id(one) not in self._copies:
-            copy = one.detach().clone()
-            parameter = isinstance(one, torch.nn.Parameter)
-            self._copies[id(one)] = torch.nn.Parameter(copy, one.requires_grad) if parameter else copy
-        return self._copies[id(one)]
+        if id(obj) not in self._places:
+            self._places[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._places[id(obj)]
 
 
 class Copies(Generic[T]):
@@ -56,5 +42,17 @@ class Copies(Generic[T]):
 
     def copy(self) -> T:
         """A copy that shares nothing with the others."""
-        found: T = _Unpickler(io.BytesIO(self._bytes), self._tensors).load()
+        unpickler = pickle.Unpickler(io.BytesIO(self._bytes))
+        # A method of a class of its own would be a call in Python for each tensor.
+        unpickler.persistent_load = self._copied().__getitem__  # type: ignore[method-assign]
+        found: T = unpickler.load()
         return found
+
+    @torch.no_grad()
+    def _copied(self) -> list[torch.Tensor]:
+        """Copies of all tensors."""
+        copies = [one.clone() for one in self._tensors]
+        for place, one in enumerate(self._tensors):
+            if isinstance(one, torch.nn.Parameter):
+                copies[place] = torch.nn.Parameter(copies[place], one.requires_grad)
+        return copies

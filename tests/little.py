@@ -27,6 +27,28 @@ def measure_little_from_here() -> None:
         setattr(importlib.import_module(module), name, value)
 
 
+# A process of the tests measures its signals with it in its environment.
+SIGNALS = "TESTS_MEASURE_SIGNALS"
+
+
+def measure_no_signals_from_here() -> None:
+    """Let this process and those that it forks measure what is kept apart alone, unless `SIGNALS` is set.
+
+    To try what the base predicts and to measure signals takes as long as their steps, and few tests of processes look.
+    """
+    from peft_diffusion.training.events import Signals
+    from peft_diffusion.training.tasks.diffusion import DiffusionTask
+    from peft_diffusion.training.tasks.language import LanguageTask
+
+    def unless_asked(kind: type, name: str, instead: object) -> None:
+        measure = getattr(kind, name)
+        setattr(kind, name, lambda task: measure(task) if SIGNALS in os.environ else instead)
+
+    unless_asked(DiffusionTask, "fitting_prediction", None)
+    for kind in (DiffusionTask, LanguageTask):
+        unless_asked(kind, "signals", Signals())
+
+
 STEPS = 4  # denoising steps in processes of the tests, where a command names none
 # A process of the tests draws its plots with it in its environment.
 PLOTS = "TESTS_DRAW_PLOTS"

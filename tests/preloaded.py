@@ -18,7 +18,7 @@ import matplotlib.figure  # noqa: E402, F401
 import rich.progress  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402, F401
 from disk import without_waiting  # noqa: E402
-from little import draw_little_from_here, measure_little_from_here  # noqa: E402
+from little import draw_little_from_here, measure_little_from_here, measure_no_signals_from_here  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
@@ -36,6 +36,7 @@ for command in ("train", "generate", "blend", "inspect", "none"):
 
 without_waiting()
 measure_little_from_here()
+measure_no_signals_from_here()
 draw_little_from_here()
 gc.collect()
 gc.enable()

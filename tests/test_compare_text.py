@@ -22,7 +22,9 @@ LINES = "The ox of the field is slow, and so is its house.\nThe hen is bold, and
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def found(
+    tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_signals: pytest.MonkeyPatch, no_plots: None
+) -> tuple[Comparison, Path]:
     """A comparison of seconds on a small random base."""
     place = tmp_path_factory.mktemp("compared")
     for name in ("train", "held-out"):

@@ -40,10 +40,12 @@ from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.record import charts
+from peft_diffusion.training.tasks import diffusion
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.watch.strength import suggest
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
+DRAWS = 2
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +325,12 @@ class _Paper(Judge):
         return (marks - known.T).abs()
 
 
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of few noises: of how many, and of which, is compared by a test of its own."""
+    monkeypatch.setattr(diffusion, "_DRAWS", DRAWS)
+
+
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _folder(tmp_path_factory.mktemp("evaluation") / "flat", range(10, 14), "flat drawing of")
@@ -340,7 +348,9 @@ def evaluated(
         output=tmp_path_factory.mktemp("out") / "found",
     )  # fmt: skip
     told: list[Event] = []
-    return evaluate(config, observers=[told.append]), config, told
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diffusion, "_DRAWS", DRAWS)
+        return evaluate(config, observers=[told.append]), config, told
 
 
 @pytest.mark.slow
@@ -389,6 +399,7 @@ def test_copies_are_looked_for_among_all_that_was_trained_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
 def test_interference_is_the_loss_with_both_on_over_that_alone(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], flat: Path
 ) -> None:
@@ -407,6 +418,7 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
 def test_strengths_that_go_together_are_measured_by_the_losses_of_both(
     evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], ink: Path, flat: Path
 ) -> None:
@@ -423,12 +435,11 @@ def test_strengths_that_go_together_are_measured_by_the_losses_of_both(
     }
     examples = {name: encoded(one, adapters.pipe) for name, one in galleries.items()}
 
+    alone = {name: sum(bench.losses(own, {name: 1.0})) for name, own in examples.items()}
+    base = {name: sum(bench.losses(own, {})) for name, own in examples.items()}
+
     def rise(amounts: dict[str, float]) -> float:
-        whole = 0.0
-        for name, own in examples.items():
-            both, alone, base = (sum(bench.losses(own, one)) for one in (amounts, {name: 1.0}, {}))
-            whole += (both - alone) / base
-        return whole
+        return sum((sum(bench.losses(own, amounts)) - alone[name]) / base[name] for name, own in examples.items())
 
     (pair,) = found.together
     assert pair.rise_whole == pytest.approx(rise({"ink": 1.0, "flat": 1.0}), rel=1e-4, abs=1e-6)
@@ -531,6 +542,7 @@ def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
 def test_the_command_prints_tables(
     files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

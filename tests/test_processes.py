@@ -12,7 +12,7 @@ import forked
 import pytest
 import torch
 from language import save_lm
-from little import PLOTS
+from little import PLOTS, SIGNALS
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import draw_pictures
@@ -61,6 +61,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
         return ["train", pictures, "--output", tmp_path / f"{name}.safetensors", "--run-dir", tmp_path / name,
                 "--batch-size", batch, *flags]  # fmt: skip
 
+    monkeypatch.setenv(SIGNALS, "1")
     with monkeypatch.context() as patched:
         patched.setenv(PLOTS, "1")
         launch(1, *command("one", 4))

@@ -91,7 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     if changes:  # the same pictures again, in other sizes and with other captions
         again = Dataset(pictures, repeats=2, resolution=(32, 48), flip=False, trigger="hat", crops=2, tag_dropout=0.3)
         changes = changes | {"dataset": again}
-    changes = changes | {"steps": 4, "save_every": 2}
+    changes = {"held_out": None} | changes | {"steps": 4, "save_every": 2}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 3)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from little import SIGNALS
 from safetensors.torch import load_file
 from test_processes import assert_same, launch
 from test_training import draw_pictures
@@ -62,6 +63,12 @@ if torch.distributed.get_rank() == 0:
     Path({output!r}).rename({aside!r})
 torch.distributed.barrier()
 """
+
+
+@pytest.fixture(autouse=True)
+def signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes measure their signals, which ask the whole network and read its weights."""
+    monkeypatch.setenv(SIGNALS, "1")
 
 
 def run(*commands: str | list[object]) -> list[subprocess.CompletedProcess[str]]:

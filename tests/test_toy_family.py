@@ -36,7 +36,7 @@ class BaseOf:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, few_measurements: None, no_plots: None) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     pipe = make_toy()
     before = checksum(components(pipe))

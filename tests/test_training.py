@@ -93,10 +93,10 @@ def warnings_but_counsel(events: Sequence[Event]) -> list[str]:
 
 
 def small(folder: Path, where: Path, **changes: Any) -> TrainConfig:
-    """A run of seconds."""
+    """A run of seconds. It keeps no pictures apart: to measure on them takes as long as its steps."""
     settings: dict[str, Any] = {
         "folder": (folder,), "output": where / "a.safetensors", "run_dir": where / "run", "steps": 6, "batch_size": 2,
-        "rank": 2, "warmup": 0, "preview_steps": 0, "save_every": 3, "log_every": 2, "device": "cpu",
+        "rank": 2, "warmup": 0, "preview_steps": 0, "save_every": 3, "log_every": 2, "device": "cpu", "held_out": 0.0,
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
 
@@ -549,7 +549,8 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path, m
     for learning in (pipe.unet.conv_in, pipe.vae.decoder):
         learning.requires_grad_(True)
     own = modes(pipe.unet, pipe.text_encoder, pipe.vae)
-    result = train(small(folder, tmp_path, steps=20, unet_lr=1e-2, batch_size=4, log_every=7, save_every=10), pipe=pipe)
+    settings = {"steps": 20, "unet_lr": 1e-2, "batch_size": 4, "log_every": 7, "save_every": 10, "held_out": None}
+    result = train(small(folder, tmp_path, **settings), pipe=pipe)
     assert checksum(components(pipe)) == before == result.base_checksum
     assert [type(m) for m in pipe.unet.modules()] == classes
     assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
@@ -695,9 +696,8 @@ def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) 
 @pytest.mark.slow
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    result = train(
-        small(draw_pictures(tmp_path / "few", 5), tmp_path, steps=2), pipe=make_pipe(), observers=[TrainingConsole(console)]
-    )
+    config = small(draw_pictures(tmp_path / "few", 5), tmp_path, steps=2, held_out=None)
+    result = train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
