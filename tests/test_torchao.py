@@ -56,12 +56,11 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, dtype = request.param
     method, target = laws.METHODS[name]
     torch.manual_seed(0)
-    pipe = laws.base_of(component)
+    model = components(laws.base_of(component))[component]
     if component == "unet":  # what more of it there is has convolutions above all, which nothing here quantizes or adapts
-        pipe.unet = laws.shortest(component, pipe.unet)
-    model = components(pipe)[component].to(laws.DTYPES[dtype])
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_inner)
-    yield Case(component, model, method, target, laws.DTYPES[dtype], pipe)
+        model = laws.shortest(component, model)
+    quantize_(model.to(laws.DTYPES[dtype]), Int8WeightOnlyConfig(), filter_fn=is_inner)
+    yield Case(component, model, method, target, laws.DTYPES[dtype], laws.base_of(component, model))
 
 
 @torch.no_grad()

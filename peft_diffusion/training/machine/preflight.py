@@ -116,6 +116,7 @@ class _Live(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
+        self._like_those: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the first, which stays its own meanwhile
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -137,10 +138,27 @@ class _Live(TorchDispatchMode):
     def _without_memory(self, given: Any) -> Any:
         """An argument of an operation, its tensors without memory."""
         if isinstance(given, Tensor):
-            return given if isinstance(given, FakeTensor) else self._mode.from_tensor(given)
+            return given if isinstance(given, FakeTensor) else self._like(given)
         if isinstance(given, (list, tuple)):
             return type(given)(map(self._without_memory, given))
         return given
+
+    def _like(self, given: Tensor) -> Tensor:
+        """A tensor without memory that is as one with memory.
+
+        Modes are below autograd, where of a plain weight only what is here counts: to convert all of it takes ten times as
+        long.
+        """
+        kept = self._like_those.get(id(given))
+        if kept is None:
+            plain = type(given) in (Tensor, nn.Parameter) and given.layout is torch.strided
+            made = (
+                torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+                if plain
+                else self._mode.from_tensor(given)
+            )
+            kept = self._like_those[id(given)] = given, made
+        return kept[1]
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
