@@ -16,6 +16,7 @@ import torch
 from conftest import make_pipe
 from language import make_lm
 from making import command
+from PIL import Image
 from rich.console import Console
 from test_resume import stop_after
 from test_training import draw_pictures, small
