@@ -240,11 +240,12 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read_bases_once() -> Iterator[None]:
-    """What this process draws with is a copy of a base that was read once: reading takes ten times as long as copying."""
+    """What this process draws and trains with is a copy of a base that was read once: reading takes ten times as long."""
     from copies import Copies
 
     from peft_diffusion import bases
     from peft_diffusion.generation import memory
+    from peft_diffusion.training.tasks import preparation
 
     read: dict[str, Copies[DiffusionPipeline]] = {}
 
@@ -261,7 +262,8 @@ def read_bases_once() -> Iterator[None]:
         return pipe
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "load_base", lent)
+        for place in (memory, preparation):
+            patched.setattr(place, "load_base", lent)
         yield
 
 

@@ -34,7 +34,7 @@ from peft_diffusion.training.events import HeldOut, Step
 from peft_diffusion.training.record import run_record
 from peft_diffusion.training.record.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("few_measurements")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 STEPS, GUIDANCE = 3, 2.0
 PROMPTS = ("ink, a cat", "flat, a house")
 

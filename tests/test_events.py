@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import leave_signals, make_pipe
 from language import make_lm
 from making import make_adapter, modes
 from rich.console import Console
@@ -141,6 +141,12 @@ class Watched:
             self.result = train(self.config, pipe=make_pipe(), observers=[self.told.append, console])
         assert self.result.outcome is not None
         self.outcome = self.result.outcome
+
+
+@pytest.fixture
+def without_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test measure no signals."""
+    leave_signals(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +311,7 @@ def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_signals")
 def test_memory_is_told_of_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     told: list[Event] = []
@@ -361,6 +368,7 @@ class Handed:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_signals")
 def test_a_run_is_watched_and_stopped_from_another_thread_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     changes = {"ema": 0.9, "dropout": 0.2, "held_out": 0.2, "scheduler": "cosine"}
@@ -446,6 +454,7 @@ def test_signals_are_left_alone_where_a_stop_is_given_and_in_other_threads() -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_signals")
 def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 4)
     short: dict[str, Any] = {"held_out": 0.25, "steps": 3, "save_every": 2, "log_every": 1}
@@ -470,6 +479,7 @@ def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, c
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_signals")
 def test_an_observer_that_ends_the_program_ends_the_run_and_the_record_says_so(tmp_path: Path) -> None:
     def leave(event: Event) -> None:
         if isinstance(event, Step) and event.step == 2:
@@ -483,6 +493,7 @@ def test_an_observer_that_ends_the_program_ends_the_run_and_the_record_says_so(t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_signals")
 def test_a_run_that_fails_tells_of_it_last_whether_it_had_begun_or_not(tmp_path: Path) -> None:
     told: list[Event] = []
     pictures = draw_pictures(tmp_path / "pictures", 4)

@@ -23,7 +23,7 @@ from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import Begun
 
-pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_signals", "no_plots", "read_bases_once")
 
 
 def filled(adapter: Adapter) -> Adapter:

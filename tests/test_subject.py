@@ -107,12 +107,12 @@ CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, 
 def test_the_base_draws_the_class_once_and_later_runs_find_it(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(small(pictures, tmp_path / "a", steps=2, **CLASS), pipe=make_pipe())
+    first = train(small(pictures, tmp_path / "a", steps=1, **CLASS), pipe=make_pipe())
     folder = next((tmp_path / "a" / "class_images").iterdir())
     assert [path.name for path in sorted(folder.iterdir())] == [f"{number:04}.png" for number in range(5)]
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "0004.png").unlink()  # as where it was stopped: the other four stay, and this comes out as it was
-    config = small(pictures, tmp_path / "a", steps=2, **CLASS, overwrite=True)
+    config = small(pictures, tmp_path / "a", steps=1, **CLASS, overwrite=True)
     before = load_file(first.output)
     again = load_file(train(config, pipe=make_pipe()).output)
     assert all(torch.equal(before[key], again[key]) for key in before)
@@ -142,7 +142,8 @@ def test_whatever_decides_what_is_drawn_has_other_pictures(tmp_path: Path, pictu
 def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(class_images, "_STEPS", 25)  # as users have it
+    steps = 6
+    monkeypatch.setattr(class_images, "_STEPS", steps)
     told: dict[str, Any] = {"class_prompt": ("a red cat",), "class_images": 1, "preset": "subject", "clip_skip": 2}
     ready = prepare(small(pictures, tmp_path, **told), make_pipe(), lambda event: None, TrainingPictures())
     (one,) = ready.of_run.of_class
@@ -152,7 +153,7 @@ def test_pictures_of_the_class_are_drawn_by_the_layer_that_is_trained_with(
     with torch.no_grad():  # the last layer but one of both, as A1111 and kohya count, with the norm behind the last
         states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         words, nothing = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).final_layer_norm(states).split(1)
-    common: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 5.0, "height": 64, "width": 64}
+    common: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": 64, "width": 64}
     own = pipe(prompt_embeds=words, negative_prompt_embeds=nothing, latents=noise, **common)
     with Image.open(one.path) as drawn:
         found = np.abs(np.asarray(drawn, int) - np.asarray(own.images[0], int)).max()
@@ -200,8 +201,10 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     strengths = [strengths_of(part) for part in selected_components(task.pipe, ("unet", "text_encoder")).values()]
     assert all(bool((one.values[one.index(NAME)] == 1).all()) and one.active == {NAME} for one in strengths)
     for _ in range(10):
-        found = gradient(task, arena, of_class)
-        arena.flat.sub_(found, alpha=0.5 * task.loss(of_class).item() / found.square().sum().item())
+        arena.zero_grad()
+        loss = task.loss(of_class)
+        loss.backward()
+        arena.flat.sub_(arena.grad, alpha=0.5 * loss.item() / arena.grad.square().sum().item())
     assert task.loss(of_class).item() < 0.5 * start
 
 
@@ -264,7 +267,8 @@ def test_pictures_of_the_class_are_encoded_once_and_their_crops_are_told(tmp_pat
 @pytest.mark.slow
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=300)
-    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
+    config = small(pictures, tmp_path, preset="subject", steps=1)
+    result = train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the class is not kept" in console.export_text()
     assert result.config.components == ("unet", "text_encoder")
     assert small(pictures, tmp_path).components == ("unet",)
@@ -397,7 +401,7 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
         Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(path)
     config = small(
-        tmp_path / "all", tmp_path, repeats=("often=3",), folder_weight=("once=0.5",), batch_size=1, epochs=1, held_out=0
+        tmp_path / "all", tmp_path, repeats=("often=3",), folder_weight=("once=0.5",), batch_size=1, epochs=1, save_every=16
     )
     task, _ = task_of(config)
     names = [one.subfolder for one in scan(tmp_path / "all").pictures]
@@ -573,7 +577,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
     assert found[-1] == 0 and found[0] == POWERS[0] and bool((found.diff() < 0).all())
-    config = small(pictures, tmp_path, zero_terminal_snr=True, min_snr_gamma=5.0)
+    config = small(pictures, tmp_path, zero_terminal_snr=True, min_snr_gamma=5.0, steps=1)
     task, _ = task_of(config, make_pipe(prediction_type="v_prediction"))
     assert task.powers[-1] == 0
     result = train(config, pipe=make_pipe(prediction_type="v_prediction"))

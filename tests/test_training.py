@@ -568,7 +568,7 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path, m
 
 @pytest.mark.slow
 def test_the_file_gives_the_weights_that_were_trained(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, trigger="ink {}"), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, trigger="ink {}", steps=2), pipe=make_pipe())
     pipe = make_pipe()
     loaded = formats.load(result.output, pipe)
     assert not loaded.report.unmatched and loaded.spec.triggers == ("ink",)
@@ -577,7 +577,7 @@ def test_the_file_gives_the_weights_that_were_trained(tmp_path: Path, pictures: 
 
 @pytest.mark.slow
 def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, ema=0.9), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, ema=0.9, steps=2), pipe=make_pipe())
     pipe, state = make_pipe(), last_state(result)
     assert torch.equal(flat(formats.load(result.output, pipe), pipe), state.tensors["average"])
     assert not torch.equal(state.tensors["average"], state.tensors["parameters"])
@@ -636,7 +636,8 @@ def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_training_the_text_encoder_too_writes_both(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, components=("unet,text_encoder",), text_encoder_lr=1e-3), pipe=make_pipe())
+    changes: dict[str, Any] = {"components": ("unet,text_encoder",), "text_encoder_lr": 1e-3, "steps": 2}
+    result = train(small(pictures, tmp_path, **changes), pipe=make_pipe())
     spec = spec_of(result.output)
     assert set(spec.methods) == {"unet", "text_encoder"}
     ups = [tensor for key, tensor in load_file(result.output).items() if key.startswith("lora_te") and "lora_up" in key]
