@@ -73,7 +73,7 @@ def spare(adapters: Adapters, config: Sampling) -> None:
     """
     _ = adapters.base  # found out and kept while the weights can be read
     pipe: Any = adapters.pipe
-    device = device_of(pipe, config)
+    device = device_of(pipe, config) if config.offload else None
     if config.vae_tiling:
         if not hasattr(pipe.vae, "enable_tiling"):
             raise UserError(f"a {type(pipe.vae).__name__} does not decode in tiles; leave --vae-tiling away")
