@@ -28,12 +28,12 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, tuple[Any, ...], Mapping[str, Any], Any]] = []
+        self.calls: list[tuple[Any, tuple[Any, ...], Mapping[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if not func.is_view:  # which stays a view
-            self.calls.append((func, args, kwargs or {}, found))
+            self.calls.append((func, args, kwargs or {}, _leaves(found)))
         return found
 
     def __enter__(self) -> Any:
@@ -46,11 +46,15 @@ class Tape(TorchDispatchMode):
 
     def play(self) -> None:
         """Do all of it again, in the same places."""
-        for func, args, kwargs, before in self.calls:
-            found = func(*args, **kwargs)
-            for place, tensor in zip(trees.tree_leaves(before), trees.tree_leaves(found), strict=True):
+        for func, args, kwargs, places in self.calls:
+            for place, tensor in zip(places, _leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(place, Tensor) and place is not tensor:
                     place.copy_(tensor)
+
+
+def _leaves(found: Any) -> list[Any]:
+    """What an operation gave, one by one: nearly always a tensor, for which a tree is slow."""
+    return [found] if isinstance(found, Tensor) else trees.tree_leaves(found)
 
 
 class Taped(Recorder[Any]):

@@ -195,7 +195,8 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
     cls = getattr(diffusers, kind)
     if "scipy" in getattr(cls, "_backends", ()):
         pytest.importorskip("scipy")
-    plain, kept = cls.from_config({}, **changes), cls.from_config({}, **changes)
+    plain = cls.from_config({}, **changes)
+    kept = copy.deepcopy(plain)  # making some takes long
     keep_on_host(kept)
     keep_on_host(kept)
     plain.set_timesteps(5, device="cpu")
@@ -216,20 +217,31 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
     assert type(kept) is cls
 
 
+def short_xl_network() -> Any:
+    """A level and a layer less than that of `make_xl_pipe`: each layer is gone through anew, though its kernels are known."""
+    torch.manual_seed(0)
+    plan = {
+        **make_xl_pipe().unet.config, "block_out_channels": (32, 64), "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 1), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return diffusers.UNet2DConditionModel.from_config(plan).requires_grad_(False).eval()
+
+
 @pytest.mark.slow
 def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tape(monkeypatch)
     kernels = Collecting(tmp_path / "cache")
     monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: kernels)
     for count in (1, 1, 2):  # another process with the same shape, and one with another
-        pipe = make_xl_pipe()
-        carry(pipe.unet, "a", Lora(rank=2), "attention", 0)
-        drawing.start(pipe.unet)
+        network = short_xl_network()
+        carry(network, "a", Lora(rank=2), "attention", 0)
+        drawing.start(network)
         size = 8 if count == 1 else 4
-        found = drawn_step(pipe.unet, size)
+        found = drawn_step(network, size)
         assert kernels.ahead == count and kernels.noted[False] <= kernels.noted[True]
-        drawing.stop(pipe.unet)
-        torch.testing.assert_close(found, drawn_step(pipe.unet, size), rtol=1e-5, atol=1e-5)
+        drawing.stop(network)
+        torch.testing.assert_close(found, drawn_step(network, size), rtol=1e-5, atol=1e-5)
     assert {name for name, *_ in kernels.noted[True]} == {"group_norm", "layer_norm", "gated", "sum_with_bias"}
 
 
