@@ -34,9 +34,9 @@ from peft_diffusion.methods.tokens import Tokens
 PROMPT = "a red apple"
 
 
-def picture(pipe: DiffusionPipeline, seed: int = 0) -> np.ndarray:
+def picture(pipe: DiffusionPipeline, seed: int = 0, steps: int = 2) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
-    image = pipe(PROMPT, num_inference_steps=4, height=64, width=64, generator=generator).images[0]
+    image = pipe(PROMPT, num_inference_steps=steps, height=64, width=64, generator=generator).images[0]
     return np.asarray(image).astype(int)
 
 
