@@ -131,10 +131,10 @@ def _readable(tensor: Tensor) -> Tensor:
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:
     """The sum of the bytes, and their sum weighted by position, both modulo 2 to the 64."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    missing = -data.numel() % 4
-    words = (torch.nn.functional.pad(data, (0, missing)) if missing else data).view(torch.int32)
-    if words.device.type == "cpu" and len(words) <= len(_FIRST_POSITIONS):
+    data = tensor.detach().contiguous().reshape(-1)
+    missing = -data.nbytes % 4
+    words = (torch.nn.functional.pad(data.view(torch.uint8), (0, missing)) if missing else data).view(torch.int32)
+    if words.is_cpu and words.numel() <= len(_FIRST_POSITIONS):
         few = words.numpy().astype(np.int64)
         return int(few.sum()) % 2**64, int(few @ _FIRST_POSITIONS[: len(few)]) % 2**64
     plain = weighted = 0
