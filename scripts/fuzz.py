@@ -160,6 +160,7 @@ class World:
     def __post_init__(self) -> None:
         found = ((path, part) for path, part in self.pipe.unet.named_modules() if isinstance(part, nn.Linear))
         self.linears = [(path, part) for path, part in found if ".attn1.to_" in path or ".ff." in path][:6]
+        self.fingerprint = describe(self.pipe).fingerprint
 
     def case(self, kind: str, run: Callable[[], object]) -> None:
         """Run a case, and see how it ends.
@@ -849,7 +850,7 @@ def recipes(world: World, case: Any) -> None:
     if isinstance(case, tuple):
         text = case[1] if isinstance(case[1], str) else dumped(case[1])
     else:
-        told = {**recipe_fields, "fingerprint": describe(world.pipe).fingerprint, **(case if isinstance(case, dict) else {})}
+        told = {**recipe_fields, "fingerprint": world.fingerprint, **(case if isinstance(case, dict) else {})}
         text = dumped({"version": 1, "recipe": told})
     file, path = io.BytesIO(), world.folder / "a.png"  # read by what is in it
     kind: PictureFormat = ("png", "jpeg", "webp")[len(text) % 3]
