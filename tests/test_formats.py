@@ -21,6 +21,7 @@ from peft_diffusion.bases.taught import learned
 from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.meta import shapes_alone
 from peft_diffusion.formats.container import Header
 from peft_diffusion.formats.file import paths_by_name
 from peft_diffusion.formats.layouts.kohya import Kohya
@@ -135,7 +136,7 @@ def test_no_two_modules_of_the_true_architectures_share_a_name() -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    with torch.device("meta"):
+    with shapes_alone():
         sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         sdxl = UNet2DConditionModel(
             sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from peft_diffusion.bases import architectures, components, describe, load_base, single_file
 from peft_diffusion.bases.architectures import Architecture, write_tokenizer
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.meta import shapes_alone
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import cell_recipes
 from peft_diffusion.generation.recipe import Recipe
@@ -88,7 +89,7 @@ def build(found: Architecture) -> Any:
 def _without_numbers(found: Architecture) -> dict[str, Any]:
     """The networks of a pipeline; what layers begin as takes longer than all else here."""
     configs = found.configs()
-    with torch.device("meta"):
+    with shapes_alone():
         parts = {"unet": diffusers.UNet2DConditionModel(**_plain(configs["unet"]))}
         parts["vae"] = diffusers.AutoencoderKL(**_plain(configs["vae"]))
         for name in ("text_encoder", "text_encoder_2"):

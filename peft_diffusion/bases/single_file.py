@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import UserError, first_line
+from ..core.meta import shapes_alone
 from ..core.parsing import refusing
 from ..core.wording import number_of
 from .architectures import Architecture
@@ -167,7 +168,7 @@ def controlnet(path: Path, network: Any) -> Any:
     found |= {_LABELS[name]: tensor for name, tensor in bare.items() if name in _LABELS}
     hints = (found.get(f"{_HINT}.{name}.weight") for name in ("conv_in", "blocks.1", "blocks.3", "blocks.5"))
     channels = tuple(len(hint) for hint in hints if hint is not None)
-    with torch.device("meta"):
+    with shapes_alone():
         model = diffusers.ControlNetModel.from_unet(
             network, load_weights_from_unet=False, conditioning_embedding_out_channels=channels or (16, 32, 96, 256)
         )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
-import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.errors import UserError, did_you_mean, first_line
 from ..core.files import at_home
+from ..core.meta import shapes_alone
 from ..core.parsing import json_value, refusing
 from . import family as families
 from . import single_file
@@ -185,7 +185,7 @@ def _language(path: Path, name: str) -> Skeleton:
         raise UserError(f"{path} is no folder of a base: it holds neither model_index.json nor config.json")
     with quiet(transformers_logging):
         config = transformers.AutoConfig.from_pretrained(str(path.resolve()), local_files_only=True)
-        with torch.device("meta"):
+        with shapes_alone():
             model = transformers.AutoModelForCausalLM.from_config(config)
     context = int(getattr(config, "max_position_embeddings", 0) or 0)
     info = LanguageInfo(name, type(model).__name__, int(config.vocab_size), context, "")
@@ -209,7 +209,7 @@ def _class_of(config: Mapping[str, Any]) -> Any | None:
 def _module(config: Mapping[str, Any]) -> nn.Module:
     """A component on the meta device."""
     kind: Any = _class_of(config)
-    with torch.device("meta"):
+    with shapes_alone():
         if "_class_name" in config:
             model = kind.from_config(dict(config))
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, method_of, parts_of
 from ..core.errors import FoldError, UserError, first_line
 from ..core.files import write_bytes
+from ..core.meta import shapes_alone
 from ..core.weight_change import change_of
 from ..formats import Plan
 from ..formats.planning import SitePlan
@@ -142,7 +143,7 @@ def _norm(component: str, name: str, methods: tuple[str, ...], read: Callable[[]
 
 def _stand_in(shape: tuple[int, ...], own: Mapping[str, Tensor]) -> nn.Module | None:
     """A module without weights that a change of such a shape is one of; None where the shape is not known."""
-    with torch.device("meta"):
+    with shapes_alone():
         if len(shape) == 2:
             return nn.Linear(shape[1], shape[0])
         if len(shape) == 4:

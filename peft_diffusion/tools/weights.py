@@ -19,6 +19,7 @@ from ..bases.loading import is_hub_id
 from ..bases.skeleton import skeleton
 from ..core.errors import UserError, first_line
 from ..core.files import at_home
+from ..core.meta import shapes_alone
 from ..core.parsing import json_value, refusing
 from ..formats import container
 from .original_names import VAE, Row, bare, rows, taken
@@ -191,7 +192,7 @@ def _autoencoder(path: Path) -> dict[str, nn.Module]:
 
 
 def _on_meta(config: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_alone():
         made: nn.Module = AutoencoderKL.from_config(dict(config))
     return made
 
