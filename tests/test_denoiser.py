@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,27 @@ OUTSIDE = [path for path in OUTSIDE if path.relative_to(PACKAGE).as_posix() not 
 
 def constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """The strings of a module but for its docstrings, with their lines."""
-    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             yield node.lineno, node.value
 
 
-def names_a_base(text: str) -> bool:
-    """Whether a string is the name of a family, component or tokenizer, or a key, prefix or pattern with such a name."""
+@cache
+def names_of_bases() -> tuple[set[str], re.Pattern[str]]:
+    """The names of this package's families, components and tokenizers, and what finds those of parts within a string."""
     families = [row for row in family.every() if row.kind is None or row.kind.startswith("peft_diffusion.")]
     rows = [one for row in families for one in row.components]
     parts = {one.name for one in rows} | {one.tokenizer for one in rows if one.tokenizer}
-    if text in parts | {row.name for row in families}:
-        return True
-    inside = "|".join(re.escape(part) for part in parts if len(part) > 2)
-    return " " not in text and text not in SETTINGS and re.search(inside, text) is not None
+    inside = re.compile("|".join(re.escape(part) for part in parts if len(part) > 2))
+    return parts | {row.name for row in families}, inside
+
+
+def names_a_base(text: str) -> bool:
+    """Whether a string is the name of a family, component or tokenizer, or a key, prefix or pattern with such a name."""
+    names, inside = names_of_bases()
+    return text in names or (" " not in text and text not in SETTINGS and inside.search(text) is not None)
 
 
 @pytest.mark.slow

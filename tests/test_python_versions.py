@@ -29,12 +29,13 @@ def hidden(source: str) -> list[tuple[int, str]]:
     """Lines and names that a function reads of its module, and that a comprehension of the same function gives."""
     found = []
     for function in (one for one in ast.walk(ast.parse(source)) if isinstance(one, Function)):
-        given = [(one, targets(one)) for one in ast.walk(function) if isinstance(one, COMPREHENSIONS)]
+        inside = list(ast.walk(function))
+        given = [(one, targets(one)) for one in inside if isinstance(one, COMPREHENSIONS)]
+        if not given:
+            continue
         inner = {id(name) for one, _ in given for part in one.generators for name in ast.walk(part.target)}
-        stored = (one for one in ast.walk(function) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
-        own = {one.id for one in stored if id(one) not in inner} | {
-            one.arg for one in ast.walk(function) if isinstance(one, ast.arg)
-        }
+        stored = (one for one in inside if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+        own = {one.id for one in stored if id(one) not in inner} | {one.arg for one in inside if isinstance(one, ast.arg)}
         names = set().union(*(names for _, names in given)) - own
         found += [(one.lineno, one.id) for one in names_read(function) if one.id in names]
     return found

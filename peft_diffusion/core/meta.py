@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Build modules inside on the meta device, not filled with what they begin as: for what has no memory, half of the time."""
+    """Build modules inside on the meta device, not filled with what they begin as, which takes half of the time."""
     with torch.device("meta"), _Unfilled():
         yield
 
