@@ -45,12 +45,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start one server of processes before all workers: each would import the libraries, for nine seconds."""
+    """Start one server of processes before all workers, and fork these from it: each would import the libraries."""
     option = session.config.option
     starts_workers = getattr(option, "tx", None) and "PYTEST_XDIST_WORKER" not in os.environ
     if starts_workers and option.markexpr != "not slow" and forked.SHAREABLE:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the workers
         forked.share()
+        option.tx = [forked.WORKER if one == "popen" else one for one in option.tx]
 
 
 def pytest_collection_finish() -> None:

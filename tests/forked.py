@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from little import draw_little_from_here, measure_little_from_here, measure_no_signals_from_here
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -68,6 +71,10 @@ def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
         target: The function, which can be pickled.
         arguments: What it is called with.
     """
+    return _fork(_little, target, arguments)
+
+
+def _fork(target: Callable[..., object], *arguments: object) -> BaseProcess:
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=target, args=arguments)
@@ -75,6 +82,14 @@ def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
         _join_the_shared()
         process.start()
     return process
+
+
+def _little(target: Callable[..., object], arguments: Sequence[object]) -> None:
+    """Call a function in a process that measures and draws little."""
+    measure_little_from_here()
+    measure_no_signals_from_here()
+    draw_little_from_here()
+    target(*arguments)
 
 
 def alive(process: BaseProcess) -> bool:
@@ -226,3 +241,38 @@ def stand_in() -> None:
             signal.signal(-done.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -done.returncode)
     sys.exit(done.returncode)
+
+
+# What xdist starts its workers by, in place of a Python that imports the libraries for nine seconds.
+WORKER = f"popen//python={sys.executable} {HERE}/worker.py"
+
+
+def work(arguments: Sequence[str]) -> int:
+    """Be a worker of xdist: fork one from the server, which talks by the streams of this process, and wait for its end.
+
+    Args:
+        arguments: As Python takes them: ``-u -c CODE``.
+
+    Returns:
+        The code that it ended with.
+    """
+    streams = (Connection(os.dup(number), readable=number == 0, writable=number != 0) for number in range(3))
+    process = _fork(_work, arguments[arguments.index("-c") + 1], str(Path.cwd()), dict(os.environ), *streams)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _work(code: str, cwd: str, environment: dict[str, str], *streams: Connection) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, (name, stream) in enumerate(zip(("stdin", "stdout", "stderr"), streams, strict=True)):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+        setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    sys.argv[:] = ["-c"]
+    from preloaded import speak  # in the server alone, as it imports the libraries
+
+    speak()
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

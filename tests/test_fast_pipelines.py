@@ -218,7 +218,7 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
 
 
 def short_xl_network() -> Any:
-    """A level and a layer less than that of `make_xl_pipe`: each layer is gone through anew, though its kernels are known."""
+    """A level and a layer less than that of `make_xl_pipe`: each layer is gone through, though its kernels are known."""
     torch.manual_seed(0)
     plan = {
         **make_xl_pipe().unet.config, "block_out_channels": (32, 64), "attention_head_dim": (2, 4),

@@ -308,9 +308,9 @@ class Engine:
         """The base, loaded now where another is; in the worker's thread."""
         if self._held is not None and self._held.source == source:
             return self._held
-        before, self._held = self._held, None
-        del before
-        _empty_cache()
+        if self._held is not None:
+            self._held = None
+            _empty_cache()
         began = time.monotonic()
         pipe: Pipeline = loaded(self.config.drawing(source), None)
         kept = Kept(pipe, self.config.adapter_memory * 2**20, stay=self.config.offload is None)
