@@ -14,11 +14,11 @@ for library in _QUIET:
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import diffusers.guiders  # noqa: E402
-import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402
 import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 import rich.progress  # noqa: E402, F401
-import transformers.models.clip.modeling_clip  # noqa: E402, F401
+import transformers.models.clip.modeling_clip  # noqa: E402
 from disk import without_waiting  # noqa: E402
 from little import LITTLE  # noqa: E402
 from PIL import Image  # noqa: E402
