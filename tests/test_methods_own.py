@@ -577,7 +577,8 @@ def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tm
     fresh = make_pipe()
     adapters = Adapters(fresh)
     adapters.load(file, name="mix")
-    assert np.array_equal(picture(fresh, steps=4), drawn)
+    # The same numbers in another place of the memory are not always summed in the same order.
+    assert np.abs(picture(fresh, steps=4).astype(int) - drawn.astype(int)).max() <= 1
     parts = {component: components(fresh)[component] for component in MIXTURE}
     formats.save(tmp_path / "again.safetensors", parts, "mix", adapters["mix"].spec)
     first, again = (load_file(path) for path in (file, tmp_path / "again.safetensors"))
