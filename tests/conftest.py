@@ -45,13 +45,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start one server of processes before all workers, and fork these from it: each would import the libraries."""
+    """Start one server of processes before all workers, and fork these from it: each would import the libraries.
+
+    That is where slow tests run too, and before Python 3.14. Where coverage is told, workers are Pythons of their own, as it
+    counts what is run while the package is imported.
+    """
     option = session.config.option
     starts_workers = getattr(option, "tx", None) and "PYTEST_XDIST_WORKER" not in os.environ
     if starts_workers and option.markexpr != "not slow" and forked.SHAREABLE:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the workers
         forked.share()
-        option.tx = [forked.WORKER if one == "popen" else one for one in option.tx]
+        if not getattr(option, "cov_source", None):
+            option.tx = [forked.WORKER if one == "popen" else one for one in option.tx]
 
 
 def pytest_collection_finish() -> None:
@@ -241,7 +246,10 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read_bases_once() -> Iterator[None]:
-    """What this process draws and trains with is a copy of a base that was read once: reading takes ten times as long."""
+    """What this process draws and trains with is a copy of a base that was read once: reading takes ten times as long.
+
+    It is found by its path, so nothing is to be written over a base meanwhile.
+    """
     from copies import Copies
 
     from peft_diffusion import bases

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,7 +47,10 @@ def _path_of_the_server() -> Iterator[None]:
 
 
 def share() -> None:
-    """Start the server here, for the processes that this one starts as well, which find it by the environment."""
+    """Start the server here, for the processes that this one starts as well, which find it by the environment.
+
+    It says nothing of a library that it cannot import; who needs that meets the same error.
+    """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     server: Any = forkserver._forkserver
@@ -75,6 +79,7 @@ def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
 
 
 def _fork(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start a function in a process that the server forks; it measures and draws as the package does."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=target, args=arguments)
@@ -243,8 +248,10 @@ def stand_in() -> None:
     sys.exit(done.returncode)
 
 
-# What xdist starts its workers by, in place of a Python that imports the libraries for nine seconds.
-WORKER = f"popen//python={sys.executable} {HERE}/worker.py"
+# What xdist starts its workers by, in place of a Python that imports the libraries for nine seconds. It is read as words of
+# a shell, and ends with two slashes.
+_WORKER = shlex.join([sys.executable, str(Path(HERE, "worker.py"))])
+WORKER = "popen" if "//" in _WORKER else f"popen//python={_WORKER}"
 
 
 def work(arguments: Sequence[str]) -> int:
@@ -258,12 +265,15 @@ def work(arguments: Sequence[str]) -> int:
     """
     streams = (Connection(os.dup(number), readable=number == 0, writable=number != 0) for number in range(3))
     process = _fork(_work, arguments[arguments.index("-c") + 1], str(Path.cwd()), dict(os.environ), *streams)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker too, which ends by it
     process.join()
     assert process.exitcode is not None
     return process.exitcode
 
 
 def _work(code: str, cwd: str, environment: dict[str, str], *streams: Connection) -> None:
+    """Run the code of a worker, in a process that is as a Python of its own but for what is imported."""
+    multiprocessing.set_start_method(None, force=True)  # which a process that was forked so has chosen
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

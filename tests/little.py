@@ -32,7 +32,7 @@ SIGNALS = "TESTS_MEASURE_SIGNALS"
 
 
 def measure_no_signals_from_here() -> None:
-    """Let this process and those that it forks measure what is kept apart alone, unless `SIGNALS` is set.
+    """Let this process measure what is kept apart alone, unless `SIGNALS` is set in its environment.
 
     To try what the base predicts and to measure signals takes as long as their steps, and few tests of processes look.
     """
@@ -41,6 +41,7 @@ def measure_no_signals_from_here() -> None:
     from peft_diffusion.training.tasks.language import LanguageTask
 
     def unless_asked(kind: type, name: str, instead: object) -> None:
+        """Let a method of a class give something instead of what it measures."""
         measure = getattr(kind, name)
         setattr(kind, name, lambda task: measure(task) if SIGNALS in os.environ else instead)
 

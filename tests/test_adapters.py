@@ -404,6 +404,14 @@ def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(
     assert picture(tiny_pipe).shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_a_checksum_is_that_of_the_numbers_wherever_they_lie(dtype: torch.dtype) -> None:
+    layer, other = torch.nn.Module(), torch.nn.Module()
+    layer.register_buffer("numbers", torch.arange(41).to(dtype)[1:])
+    other.register_buffer("numbers", torch.arange(1, 41).to(dtype))
+    assert checksum({"layer": layer}) == checksum({"layer": other})
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 64])
 def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     layer = torch.nn.Linear(31, 11)

@@ -18,7 +18,7 @@ from peft_diffusion.fast.cuda_graph import Inputs, Recorder, cause, shapes
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"held_out": None},
     "accumulation": {"accumulation": 3},
     "copies": {"batch_size": 4},
     "average": {"ema": 0.9, "clip": 0.0},

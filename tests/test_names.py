@@ -180,7 +180,7 @@ def test_the_oldest_names_of_diffusers_mean_what_they_mean_there(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # a warning of peft's own kind is told by importing peft
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # of a class of peft, which xdist would import to tell it
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_names_of_adapters_of_peft_are_no_part_of_the_tensors(bias: bool, tmp_path: Path) -> None:
     theirs, ours = make_pipe(), make_pipe()

@@ -91,7 +91,8 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_two_processes_learn_text(tmp_path: Path) -> None:
+def test_two_processes_learn_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIGNALS, "1")
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)

@@ -86,7 +86,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 @functools.cache
 def _copies(component: str, kind: str, dtype: str) -> Copies[nn.Module]:
     model = components(laws.base_of(component))[component]
-    if component == "unet":  # what more of it there is has convolutions above all, which nothing here quantizes or adapts
+    if component == "unet":  # fewer layers of the same kinds, above all fewer convolutions, which nothing here quantizes
         model = laws.shortest(component, model)
     model.to(laws.DTYPES[dtype])
     quantized.quantize(model, kind)

@@ -16,6 +16,7 @@ import forked
 import pytest
 import torch
 from conftest import make_pipe
+from little import SIGNALS
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -159,7 +160,7 @@ def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its warm-up follows from its steps, which may be more now; rank, rates and the rest are derived as they were."""
-    derives = {"warmup": None, "rank": None, "save_every": None, "scheduler": "constant"}
+    derives = {"warmup": None, "rank": None, "save_every": None, "held_out": None, "scheduler": "constant"}
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         with pytest.raises(Interrupted):
@@ -187,7 +188,7 @@ def test_a_warm_up_that_was_chosen_is_compared(tmp_path: Path, pictures: Path) -
 def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    derives = {"warmup": None, "rank": None, "save_every": None}
+    derives = {"warmup": None, "rank": None, "save_every": None, "held_out": None}
     whole = train(small(pictures, tmp_path / "whole", steps=5, **derives), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
@@ -312,7 +313,7 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
 ) -> None:
     measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured, 2.0))  # the strengths come after the run
-    result = train(small(pictures, tmp_path, steps=6, save_every=1), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, steps=6, save_every=1, held_out=0.4), pipe=make_pipe())
     kept = {state_of(path).step for path in (result.run_dir / "checkpoints").iterdir()}
     assert kept == {2, 5, 6}
 
@@ -334,11 +335,15 @@ class Command:
         where.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> forked.Started:
-        return forked.Started(self.line[1:], None, {**os.environ, "OMP_NUM_THREADS": "1"})
+        return forked.Started(self.line[1:], None, self._environment())
 
     def finish(self) -> subprocess.CompletedProcess[str]:
         """Run it to its end, forked from a process that has imported the libraries."""
-        return forked.python(self.line[1:], None, {**os.environ, "OMP_NUM_THREADS": "1"})
+        return forked.python(self.line[1:], None, self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        """In which signals are measured, which neither a stop nor going on may change."""
+        return {**os.environ, "OMP_NUM_THREADS": "1", SIGNALS: "1"}
 
     def wait_for_step(self, step: int, started: forked.Started) -> None:
         until = time.monotonic() + 120

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -27,10 +28,11 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
-from peft_diffusion.bases.base import BaseInfo
+from peft_diffusion.bases.base import BaseInfo, checkpoint_sha256
 from peft_diffusion.core.settings import settings_of
 from peft_diffusion.fast import drawing as fast_drawing
 from peft_diffusion.formats import plan
+from peft_diffusion.generation import memory
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.generation.kept import Kept
 from peft_diffusion.generation.settings import Choice
@@ -156,6 +158,46 @@ def test_requests_side_by_side_each_get_the_pictures_of_their_own_generate(
         assert answer.info["all_seeds"] == [seed + number for number in range(count)]
         drawn.add(answer.image.tobytes())
     assert len(drawn) == 16  # or a comparison of equals would tell nothing
+
+
+@pytest.mark.slow
+def test_a_base_is_let_go_before_another_is_loaded(
+    tiny_base: Path, other_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+    fails = threading.Event()
+
+    def noted(*told: Any) -> Any:
+        alive.append(sum(one() is not None for one in networks))
+        pipe = memory.loaded(*told)
+        networks.append(weakref.ref(pipe.unet))
+        return pipe
+
+    def digest(pipe: Any) -> str:
+        if fails.is_set():
+            raise MemoryError
+        return checkpoint_sha256(pipe)
+
+    monkeypatch.setattr("peft_diffusion.serve.engine.loaded", noted)
+    monkeypatch.setattr("peft_diffusion.serve.engine.checkpoint_sha256", digest)
+    engine = Engine(ServeConfig(base=str(tiny_base), bases_dir=other_base.parent, device="cpu"), lambda _: None)
+    bases = [engine.base_called(one.name).title for one in (tiny_base, other_base)]
+    start = threading.Event()
+    engine.worker.submit(Job("hold", lambda _: start.wait()))
+    told: dict[str, Any] = {"prompt": "a cat", "steps": 1, **SIDE}
+    jobs = [engine.draw(TextToImage(override_settings={"sd_model_checkpoint": one}, **told), "txt2img") for one in bases]
+    start.set()
+    assert all(job.future.result().drawn for job in jobs)  # of two bases, one after the other
+    del jobs  # whose results name the base that drew them
+    again, last = (TextToImage(override_settings={"sd_model_checkpoint": one}, **told) for one in bases)
+    fails.set()  # once the weights are there
+    with pytest.raises(MemoryError):
+        engine.draw(again, "txt2img").future.result()
+    fails.clear()
+    assert engine.draw(last, "txt2img").future.result().drawn
+    assert len(alive) >= 4 and not any(alive)
+    engine.close()
 
 
 @pytest.mark.slow

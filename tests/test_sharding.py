@@ -66,7 +66,7 @@ torch.distributed.barrier()
 
 
 @pytest.fixture(autouse=True)
-def signals(monkeypatch: pytest.MonkeyPatch) -> None:
+def signals_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes measure their signals, which ask the whole network and read its weights."""
     monkeypatch.setenv(SIGNALS, "1")
 

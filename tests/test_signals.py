@@ -229,7 +229,7 @@ def test_the_best_weights_are_written_or_the_last(tmp_path: Path, pictures: Path
     course = (9.0, 5.0, 1.0, 6.0, 7.0, *(2.0,) * 5)
     for keep, step in (("best", 2), ("last", 4)):
         measured_as(monkeypatch, *course)
-        changes: dict[str, Any] = {"steps": 4, "save_every": 1, "keep": keep, "scheduler": "constant"}
+        changes: dict[str, Any] = {"steps": 4, "save_every": 1, "keep": keep, "scheduler": "constant", "held_out": 0.4}
         result = train(small(pictures, tmp_path / keep, **changes), pipe=make_pipe())
         outcome = known(result.outcome)
         assert outcome.kept == step == spec(result.output)["kept_step"] and outcome.best == 2
@@ -279,6 +279,7 @@ def test_a_resumed_run_has_the_same_signals_choice_and_patience(
         "scheduler": "constant",
     }
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
+    assert whole.steps < 12
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         with pytest.raises(Interrupted):

@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     method, target = laws.METHODS[name]
     torch.manual_seed(0)
     model = components(laws.base_of(component))[component]
-    if component == "unet":  # what more of it there is has convolutions above all, which nothing here quantizes or adapts
+    if component == "unet":  # fewer layers of the same kinds, above all fewer convolutions, which nothing here quantizes
         model = laws.shortest(component, model)
     quantize_(model.to(laws.DTYPES[dtype]), Int8WeightOnlyConfig(), filter_fn=is_inner)
     yield Case(component, model, method, target, laws.DTYPES[dtype], laws.base_of(component, model))

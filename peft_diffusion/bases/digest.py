@@ -132,6 +132,8 @@ def _readable(tensor: Tensor) -> Tensor:
 def _checksum(tensor: Tensor) -> tuple[int, int]:
     """The sum of the bytes, and their sum weighted by position, both modulo 2 to the 64."""
     data = tensor.detach().contiguous().reshape(-1)
+    if data.storage_offset() * data.itemsize % 4:  # a part of another tensor, not looked at as words where it lies
+        data = data.clone()
     missing = -data.nbytes % 4
     words = (torch.nn.functional.pad(data.view(torch.uint8), (0, missing)) if missing else data).view(torch.int32)
     if words.is_cpu and words.numel() <= len(_FIRST_POSITIONS):

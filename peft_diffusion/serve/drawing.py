@@ -160,7 +160,8 @@ class Result:
         clip_skip: Which layer of the text encoder was taken, counted from the last.
         notes: What the person should know.
         chosen: The adapters that were chosen, for each prompt.
-        held: The base.
+        base: What is known of the base; itself it is not kept, as it may be let go before the answer is sent.
+        sha256: The digest of the base's file; "" where it is none.
     """
 
     drawn: list[Drawn]
@@ -168,7 +169,8 @@ class Result:
     clip_skip: int
     notes: list[str]
     chosen: list[Chosen]
-    held: Held
+    base: BaseInfo
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -556,7 +558,7 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
         except Interrupted:
             continue
     job.round = job.rounds
-    return Result(drawn, read.config, clip_skip or 1, read.notes, read.chosen, held)
+    return Result(drawn, read.config, clip_skip or 1, read.notes, read.chosen, held.info, held.sha256)
 
 
 class Asking(NamedTuple):
@@ -642,7 +644,10 @@ def run_joining(
                     continue
                 one.job.round = one.job.rounds
                 found = [Drawn(*picture) for picture in drawn]
-                yield one.job, Result(found, read.config, one.clip_skip or 1, read.notes, read.chosen, held)
+                yield (
+                    one.job,
+                    Result(found, read.config, one.clip_skip or 1, read.notes, read.chosen, held.info, held.sha256),
+                )
             coming, wrong = ({}, False) if left_out else _parts(more(session.room), serving, held, files)
             left_out |= wrong
 
@@ -695,7 +700,9 @@ def run_together(
     def result(number: int) -> tuple[Job[Result], Result]:
         one, told = asking[number], read[number]
         one.job.round = one.job.rounds
-        return one.job, Result(found.get(number, []), told.config, one.clip_skip or 1, told.notes, told.chosen, held)
+        return one.job, Result(
+            found.get(number, []), told.config, one.clip_skip or 1, told.notes, told.chosen, held.info, held.sha256
+        )
 
     for one in asking:
         one.job.rounds = 1
@@ -763,8 +770,8 @@ def info_of(body: Drawing, result: Result, timestamp: str) -> str:
         "batch_size": result.config.batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": Path(result.held.info.name).stem,
-        "sd_model_hash": result.held.sha256[:10] or None,
+        "sd_model_name": Path(result.base.name).stem,
+        "sd_model_hash": result.sha256[:10] or None,
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,

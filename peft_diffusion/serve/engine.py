@@ -93,6 +93,7 @@ class Engine:
         self.files = Files(config)
         self._tell = tell
         self._held: Held | None = None
+        self._has_loaded = False
         self._digests: dict[str, str] = {}
         self._lock = threading.Lock()
         self._options = Asked(config.base, None, "png")
@@ -233,17 +234,18 @@ class Engine:
         def take(came: "Sequence[Job[Result]]") -> list[drawing.Asking]:
             for source, several in self._asking(came).items():
                 waiting.setdefault(source, []).extend(several)
-            return waiting.pop(held.source, [])
+            return waiting.pop(drawing_with, [])
 
         while waiting:
-            source = next(iter(waiting))
-            held, asking = self._hold(source), waiting.pop(source)
+            drawing_with = next(iter(waiting))
+            held, asking = self._hold(drawing_with), waiting.pop(drawing_with)
             if held.kept is None or not denoiser_of(held.pipe).steps_alike:
                 drawn = drawing.run_together(asking, self.config, held, self.files)
             else:
                 drawn = drawing.run_joining(asking, self.config, held, self.files, held.kept, next_ones)
             for job, result in drawn:
                 yield job, self._kept(job, result)
+            del held, drawn  # or the base would stay in memory while the next is loaded
 
     def _asking(self, jobs: "Sequence[Job[Result]]") -> dict[str, list[drawing.Asking]]:
         """Requests by the base that they are for."""
@@ -308,9 +310,10 @@ class Engine:
         """The base, loaded now where another is; in the worker's thread."""
         if self._held is not None and self._held.source == source:
             return self._held
-        if self._held is not None:
+        if self._has_loaded:  # or had begun to, where that failed
             self._held = None
             _empty_cache()
+        self._has_loaded = True
         began = time.monotonic()
         pipe: Pipeline = loaded(self.config.drawing(source), None)
         kept = Kept(pipe, self.config.adapter_memory * 2**20, stay=self.config.offload is None)

@@ -234,12 +234,16 @@ class Worker:
 
     def _run(self) -> None:
         while found := self._next():
-            jobs = [job for job in found if _begins(job)]
-            if jobs and jobs[0].shared is not None and (len(jobs) > 1 or jobs[0].joins):
-                self._together(jobs, jobs[0].shared)
-            for job in jobs:
-                if not job.future.done():
-                    self._alone(job)
+            self._do(found)
+
+    def _do(self, found: list[Job[Any]]) -> None:
+        """Do jobs. Nothing holds them afterwards: the error of one holds all that it met, such as a base."""
+        jobs = [job for job in found if _begins(job)]
+        if jobs and jobs[0].shared is not None and (len(jobs) > 1 or jobs[0].joins):
+            self._together(jobs, jobs[0].shared)
+        for job in jobs:
+            if not job.future.done():
+                self._alone(job)
 
     def _more(self, shared: Shared[Any], pictures: int) -> list[Job[Any]]:
         """The next ones, as long as they can be done with those under way and there is room; in order, so that none that

@@ -152,6 +152,7 @@ class _Live(TorchDispatchMode):
         kept = self._like_those.get(id(given))
         if kept is None:
             plain = type(given) in (Tensor, nn.Parameter) and given.layout is torch.strided
+            plain = plain and given._base is None and not given.is_conj()  # a view has its memory with others
             made = (
                 torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
                 if plain
