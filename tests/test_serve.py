@@ -189,7 +189,6 @@ def test_a_base_is_let_go_before_another_is_loaded(
     jobs = [engine.draw(TextToImage(override_settings={"sd_model_checkpoint": one}, **told), "txt2img") for one in bases]
     start.set()
     assert all(job.future.result().drawn for job in jobs)  # of two bases, one after the other
-    del jobs  # whose results name the base that drew them
     again, last = (TextToImage(override_settings={"sd_model_checkpoint": one}, **told) for one in bases)
     fails.set()  # once the weights are there
     with pytest.raises(MemoryError):

@@ -486,6 +486,10 @@ class _Read:
         if isinstance(event, (Warned, Noted)) and (note := as_request(event.message)) not in self.notes:
             self.notes.append(note)
 
+    def result(self, drawn: list[Drawn], clip_skip: int | None, held: Held) -> Result:
+        """What came of it."""
+        return Result(drawn, self.config, clip_skip or 1, self.notes, self.chosen, held.info, held.sha256)
+
     def order(self, numbers: Sequence[int], files: Files) -> Order:
         """What is drawn for some of its pictures, by what their adapters need. Raises UserError as `order_of` does."""
         asked = order_of(self.config, self.seeds, numbers, files, self.retrieval, self.areas)
@@ -558,7 +562,7 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
         except Interrupted:
             continue
     job.round = job.rounds
-    return Result(drawn, read.config, clip_skip or 1, read.notes, read.chosen, held.info, held.sha256)
+    return read.result(drawn, clip_skip, held)
 
 
 class Asking(NamedTuple):
@@ -644,10 +648,7 @@ def run_joining(
                     continue
                 one.job.round = one.job.rounds
                 found = [Drawn(*picture) for picture in drawn]
-                yield (
-                    one.job,
-                    Result(found, read.config, one.clip_skip or 1, read.notes, read.chosen, held.info, held.sha256),
-                )
+                yield one.job, read.result(found, one.clip_skip, held)
             coming, wrong = ({}, False) if left_out else _parts(more(session.room), serving, held, files)
             left_out |= wrong
 
@@ -700,9 +701,7 @@ def run_together(
     def result(number: int) -> tuple[Job[Result], Result]:
         one, told = asking[number], read[number]
         one.job.round = one.job.rounds
-        return one.job, Result(
-            found.get(number, []), told.config, one.clip_skip or 1, told.notes, told.chosen, held.info, held.sha256
-        )
+        return one.job, told.result(found.get(number, []), one.clip_skip, held)
 
     for one in asking:
         one.job.rounds = 1
